@@ -1,0 +1,29 @@
+# Thin aliases; every line also works by hand in an environment of your own.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test test-slow lint
+
+demo: $(VENV)/run
+	$(RUN) prepare_data.py shakespeare
+	$(RUN) train.py config/demo.py
+	$(RUN) sample.py out/demo --max_new_tokens=120
+
+test: $(VENV)/dev
+	$(RUN) -m pytest
+
+test-slow: $(VENV)/dev
+	$(RUN) -m pytest -m ""
+
+lint: $(VENV)/dev
+	$(RUN) -m ruff check .
+
+$(VENV)/run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/run
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

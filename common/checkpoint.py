@@ -1,0 +1,84 @@
+"""Checkpoints: written to a temporary file, flushed and renamed; loaded as data, never as code."""
+import json
+import os
+import pickle
+import zipfile
+
+import torch
+
+from common.config import UserError
+
+
+class CheckpointError(UserError):
+    pass
+
+
+def write_atomically(path: str, write) -> None:
+    """Call write(file) on a temporary file beside `path`, flush it to disk, then rename: whoever reads `path`
+    sees the old content or the new, whole, whatever happens between."""
+    tmp = f"{path}.tmp"
+    with open(tmp, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+    if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk (not on Windows)
+        folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(path: str, state: dict) -> None:
+    write_atomically(path, lambda f: torch.save(state, f))
+
+
+def write_json(path: str, value) -> None:
+    write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
+
+
+def load(path: str, keys=("model", "config"), map_location="cpu") -> dict:
+    """The checkpoint at `path`, or at best.pt / last.pt if it is a run's folder. CheckpointError if it is
+    missing, damaged, holds anything but tensors and plain values, or lacks one of `keys`."""
+    if os.path.isdir(path):
+        found = [p for p in (os.path.join(path, n) for n in ("best.pt", "last.pt")) if os.path.exists(p)]
+        if not found:
+            raise CheckpointError(f"no best.pt or last.pt in {path}")
+        path = found[0]
+    if not os.path.exists(path):
+        raise CheckpointError(f"no checkpoint at {path}; runs keep theirs in out/NAME/")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(f"{path} holds more than tensors and plain values and was not loaded: a checkpoint is data, "
+                              f"never code\n({str(e).splitlines()[0]})") from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as e:
+        raise CheckpointError(f"{path} is not a whole checkpoint ({os.path.getsize(path)} bytes; {str(e).splitlines()[0]}); "
+                              "copy it again, or go on from the folder's other .pt file") from None
+    missing = [k for k in keys if not isinstance(state, dict) or k not in state]
+    if missing:
+        has = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"{path} is not a nanoMem checkpoint: no {', '.join(missing)} in it (it has: {has})")
+    return state
+
+
+def load_weights(model, weights: dict, path: str) -> None:
+    """Put `weights` into `model`, or say which tensors do not fit."""
+    own = model.state_dict()
+    problems = [f"{k}: missing in the file" for k in own if k not in weights]
+    problems += [f"{k}: not in this model" for k in weights if k not in own]
+    problems += [f"{k}: {tuple(weights[k].shape)} in the file, {tuple(own[k].shape)} in this model"
+                 for k in own if k in weights and own[k].shape != weights[k].shape]
+    if problems:
+        more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CheckpointError(f"{path} is of another model:\n  " + "\n  ".join(problems[:5]) + more)
+    model.load_state_dict(weights)
+
+
+def config_differences(old: dict, new: dict, free=()) -> list[str]:
+    """'name: old -> new' for each option that differs and is not in `free`."""
+    plain = json.loads(json.dumps(new))  # tuples are lists in a saved config
+    old = json.loads(json.dumps(old))
+    return [f"{k}: {old.get(k, '(not there)')} -> {plain.get(k, '(not there)')}"
+            for k in sorted(old.keys() | plain.keys()) if k not in free and old.get(k) != plain.get(k)]

@@ -1,0 +1,228 @@
+"""Configuration: a dataclass's defaults, then config files, then flags, all through one door.
+
+    python train.py config/exp6.py --lr=3e-4 --compile
+
+A config file is plain Python, read as trusted code: it may compute, loop and import another config
+(`from config.exp5 import *`). Every name it leaves behind must be an option, except modules, functions,
+classes and names that begin with `_`. Nothing is ever ignored: all problems are collected and reported in one
+error.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import runpy
+import sys
+import traceback
+import types
+import typing
+
+
+class UserError(Exception):
+    """A mistake the user can mend: scripts print it without a traceback and exit with code 2."""
+
+
+class ConfigError(UserError):
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__(f"{len(problems)} problem{'s' * (len(problems) > 1)} in the configuration, nothing was run\n"
+                         + "\n".join(f"  - {p}" for p in problems))
+
+
+@dataclasses.dataclass
+class Config:
+    """Base of every script's config. Subclasses list one knob per line with its default and a trailing
+    comment, which `--help` prints; `problems()` returns what contradicts itself, and derived values go into
+    `derive()`."""
+
+    POSITIONAL: typing.ClassVar[str] = ""  # the field that takes bare arguments which are not config files
+
+    def __post_init__(self):
+        problems = []
+        for key, kind in option_types(type(self)).items():
+            try:
+                setattr(self, key, coerce(getattr(self, key), kind, key))
+            except ValueError as e:
+                problems.append(str(e))
+        problems = problems or self.problems()
+        if problems:
+            raise ConfigError(problems)
+        self.derive()
+
+    def problems(self) -> list[str]:
+        return []
+
+    def derive(self) -> None:
+        pass
+
+
+def option_types(cls) -> dict[str, type]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def coerce(value, kind, where: str):
+    """The value as `kind` (bool, int, float, str, Literal or tuple[item, ...]), or ValueError. 1e6 is an int
+    where an int is wanted; 0.5, True and "3" are not."""
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            near = difflib.get_close_matches(str(value), typing.get_args(kind), n=1)
+            raise ValueError(f"{where}: expected one of {', '.join(typing.get_args(kind))}; got {value!r}"
+                             + (f"; did you mean '{near[0]}'?" if near else ""))
+        return value
+    item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+    if item:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where}: expected a list of {item.__name__}, got {value!r}")
+        return tuple(coerce(v, item, where) for v in value)
+    if type(value) is kind:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    raise ValueError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
+
+
+def parse(text: str, kind, where: str):
+    """A flag's text as a value of `kind`."""
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        parts = [text] if item is str else [t for t in text.split(",") if t.strip()]
+        return tuple(parse(t, item, where) for t in parts)
+    if kind is bool and text.lower() in ("true", "1", "yes", "false", "0", "no"):
+        return text.lower() in ("true", "1", "yes")
+    if kind in (int, float):
+        try:
+            return coerce(int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text), kind, where)
+        except (ValueError, OverflowError):
+            pass
+    if kind is str or typing.get_origin(kind) is typing.Literal:
+        return coerce(text, kind, where)
+    raise ValueError(f"{where}: expected {kind.__name__}, got '{text}'")
+
+
+def unknown(where: str, key: str, kinds) -> str:
+    near = difflib.get_close_matches(key, kinds, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else "; --help lists them all"
+    return f"{where}: no option '{key}'{hint}"
+
+
+def from_file(path: str, kinds: dict[str, type], problems: list[str]) -> dict:
+    """The options that a config file sets. Adds to `problems` what it cannot take."""
+    if not os.path.isfile(path):
+        folder = os.path.dirname(path) or "."
+        others = [os.path.join(folder, n) for n in os.listdir(folder)] if os.path.isdir(folder) else []
+        near = difflib.get_close_matches(path, others, n=1)
+        problems.append(f"no config file '{path}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        return {}
+    try:
+        names = runpy.run_path(path)
+    except (Exception, SystemExit) as e:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(os.path.basename(path))]
+        line = f":{frames[-1].lineno}" if frames else f":{getattr(e, 'lineno', None) or '?'}"
+        problems.append(f"{path}{line}: {type(e).__name__}: {e}")
+        return {}
+    values = {}
+    for key, value in names.items():
+        if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+            continue
+        if key not in kinds:
+            problems.append(unknown(path, key, kinds) + " (a helper's name begins with '_')")
+            continue
+        try:
+            values[key] = coerce(value, kinds[key], f"{path}: {key}")
+        except ValueError as e:
+            problems.append(str(e))
+    return values
+
+
+def load(cls, argv: list[str] | None = None):
+    """cfg of type `cls` from its defaults, then the config files, then the flags of `argv` (default:
+    sys.argv).
+
+    Flags are --key=value or --key value; a bool alone (--compile) is true; a flag for a list of strings may
+    be repeated; dashes and underscores are the same. Raises ConfigError with every problem found.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in argv or "-h" in argv:
+        print(help_text(cls))
+        sys.exit(0)
+    kinds, problems = option_types(cls), []
+    values, flags, bare = {}, {}, []
+    while argv:
+        arg = argv.pop(0)
+        if not arg.startswith("--"):
+            if arg.endswith(".py"):
+                values.update(from_file(arg, kinds, problems))
+                if "name" in kinds:
+                    values.setdefault("name", os.path.basename(arg)[:-3])
+            elif cls.POSITIONAL:
+                bare.append(arg)
+            else:
+                problems.append(f"unexpected argument '{arg}' (config files end in .py, flags begin with --)")
+            continue
+        key, eq, text = arg[2:].partition("=")
+        key = key.replace("-", "_")
+        if key not in kinds:
+            problems.append(unknown("flag", key, kinds))
+            if not eq and argv and not argv[0].startswith("--") and not argv[0].endswith(".py"):
+                argv.pop(0)
+            continue
+        if not eq:
+            follows = argv and not argv[0].startswith("--")
+            if kinds[key] is bool:
+                text = argv.pop(0) if follows and argv[0].lower() in ("true", "false") else "true"
+            elif follows:
+                text = argv.pop(0)
+            else:
+                problems.append(f"flag --{key}: no value given")
+                continue
+        try:
+            value = parse(text, kinds[key], f"flag --{key}")
+            flags[key] = flags[key] + value if key in flags and kinds[key] == tuple[str, ...] else value
+        except ValueError as e:
+            problems.append(str(e))
+    if bare:
+        is_list = typing.get_origin(kinds[cls.POSITIONAL]) is tuple
+        if len(bare) > 1 and not is_list:
+            problems.append(f"expected one {cls.POSITIONAL}, got {bare}")
+        flags[cls.POSITIONAL] = tuple(bare) if is_list else bare[0]
+    try:
+        cfg = cls(**{**values, **flags})
+    except ConfigError as e:
+        raise ConfigError(problems + e.problems) from None
+    if problems:
+        raise ConfigError(problems)
+    return cfg
+
+
+def help_text(cls) -> str:
+    """The script's docstring, then every option with its default and comment, grouped by the comments
+    between."""
+    doc = sys.modules[cls.__module__].__doc__ or ""
+    lines = [doc.strip(), "", "options (config file or --name=value):"]
+    for c in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(c) or c is Config:
+            continue
+        for line in inspect.getsource(c).splitlines():
+            if m := re.match(r"    # (.+)", line):
+                lines += ["", f"  {m[1]}"]
+            elif m := re.match(r"    (\w+): ([^=#]+?) = (.*?)(?:  # (.*))?$", line):
+                if m[2].startswith("typing.ClassVar"):
+                    continue
+                lines.append(f"    --{m[1] + '=' + m[3].strip():<34} {m[4] or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def run(main, cls) -> None:
+    """What every script ends with: load the config, call main(cfg), print a user's mistake without a
+    traceback."""
+    try:
+        main(load(cls))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,124 @@
+"""One object for what differs between a laptop, a GPU and torchrun: rank, world, device, precision,
+reductions."""
+import os
+import resource
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from common.config import UserError
+
+
+@dataclass
+class Dist:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def grouped(self) -> bool:
+        return dist.is_initialized()
+
+    def sum(self, *values: float) -> list[float]:
+        """Sum each number over all processes, in float64 (float32 on MPS, which has no float64). A
+        collective."""
+        if not self.grouped:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        if self.grouped:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.grouped:
+            dist.destroy_process_group()
+
+
+def setup(device: str = "auto") -> Dist:
+    """Pick the device and, where torchrun's variables are set, always join the process group (NCCL on CUDA,
+    else gloo)."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps and world == 1 else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but this torch sees no CUDA device; use --device=auto")
+    if device.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(f"device={device}, but this torch sees no Apple GPU; use --device=auto")
+    if device == "cuda" and "RANK" in os.environ:
+        if local >= torch.cuda.device_count():
+            raise UserError(f"process {local} of this machine has no GPU: torchrun starts more processes than the "
+                            f"{torch.cuda.device_count()} GPUs here; use --nproc_per_node={torch.cuda.device_count()}")
+        device = f"cuda:{local}"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain
+    if "RANK" in os.environ:
+        # ten minutes is not enough when rank 0 samples or saves a large model on a slow disk
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
+    return Dist(rank, world, device)
+
+
+def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
+    """(fp32, bf16 or fp16; the reason) for dtype=auto; an explicit choice is taken as it is, or refused."""
+    if dtype != "auto":
+        if dtype != "fp32" and device.type == "mps" and dtype == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+            raise UserError("dtype=bf16 on this Mac needs macOS 14 or newer; use --dtype=fp32")
+        return dtype, "as asked"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        # a T4 (7.5) claims bf16 and emulates it several times slower
+        return ("bf16", f"compute capability {major}.{minor} has it") if major >= 8 else \
+               ("fp16", f"compute capability {major}.{minor} has no bf16; gradients are scaled")
+    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():
+        return "bf16", "this CPU has AVX512-BF16"
+    return "fp32", f"no fast 16-bit arithmetic known for {device.type}"
+
+
+def autocast(dtype: str, device: torch.device):
+    """The context for forward passes; weights stay fp32."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return torch.autocast(device.type, kinds[dtype]) if dtype in kinds else nullcontext()
+
+
+# Dense 16-bit tensor FLOP/s with fp32 accumulation, from NVIDIA's data sheets. A GPU that is not here prints
+# MFU n/a.
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+              "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "Tesla T4": 65e12}
+
+
+def peak_flops(device: torch.device, dtype: str) -> float:
+    """Peak FLOP/s of this device at this precision, or 0 where it is not known."""
+    if device.type != "cuda" or dtype == "fp32":
+        return 0.0
+    name = torch.cuda.get_device_name(device)
+    return next((f for key, f in PEAK_FLOPS.items() if name.endswith(key) or key + " " in name or key + "-" in name), 0.0)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB at the highest so far: allocated on CUDA, held by the driver on MPS, resident on CPU (read token
+    files count)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,159 @@
+"""Read a model: continue prompts, look at its next-token probabilities, talk to it.
+
+    python sample.py out/demo                                            # from nothing: a new document
+    python sample.py out/demo --prompt="ROMEO." --prompt="To be,"        # several prompts
+    python sample.py out/demo --prompt_file=prompts.txt                  # one a line; - reads them from stdin
+    python sample.py out/demo --interactive                              # type a prompt, read on; Ctrl-D ends
+    python sample.py out/mini3 out/mini6 --prompt="The king" --top_tokens=5    # next-token tables side by side
+
+A run folder means its best.pt. The folder also holds the tokenizer, so it can be copied to another machine
+and sampled there.
+"""
+import os
+import sys
+import typing
+from dataclasses import dataclass
+
+import torch
+
+from common import distributed, tokenizer
+from common.config import Config, UserError, run
+from model import load_model
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class SampleConfig(Config):
+    POSITIONAL: typing.ClassVar[str] = "checkpoints"
+    # what
+    checkpoints: tuple[str, ...] = ("out/demo",)  # run folders or .pt files; several are shown side by side
+    tokenizer_from: str = ""  # data or run folder with the tokenizer; "" = the checkpoint's folder
+    prompt: tuple[str, ...] = ()  # text to continue; repeat the flag for more
+    prompt_file: str = ""  # a file with one prompt a line; - = stdin
+    interactive: bool = False  # read prompts from the terminal
+    top_tokens: int = 0  # print so many most probable next tokens instead of continuing
+    # how
+    max_new_tokens: int = 200  # length of a continuation, unless the document ends before
+    num_samples: int = 1  # continuations of each prompt
+    temperature: float = 0.8  # 0 = greedy
+    top_k: int = 50  # draw from the k most probable tokens; 0 = all
+    top_p: float = 1.0  # draw from the most probable tokens that hold this much probability together
+    repetition_penalty: float = 1.0  # above 1, tokens already there become less probable
+    seed: int = 1  # of the draws
+    # machine
+    device: str = "auto"  # auto | cpu | cuda | mps
+    dtype: str = "fp32"  # fp32 | bf16 | fp16 | auto
+
+    def problems(self) -> list[str]:
+        out = []
+        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
+            out.append(f"dtype: expected one of auto, fp32, bf16, fp16; got '{self.dtype}'")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+            out.append("temperature and top_k must not be negative, top_p in (0, 1], repetition_penalty above 0; got "
+                       f"{self.temperature}, {self.top_k}, {self.top_p}, {self.repetition_penalty}")
+        if min(self.top_tokens, self.max_new_tokens) < 0 or self.num_samples < 1:
+            out.append("top_tokens and max_new_tokens must not be negative, num_samples at least 1")
+        if sum((bool(self.prompt), bool(self.prompt_file), self.interactive)) > 1:
+            out.append("use one of prompt, prompt_file and interactive")
+        return out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def load(path: str, tokenizer_from: str, device):
+    """(model, tokenizer) of a checkpoint; the tokenizer must be the one the model was trained with."""
+    model, saved = load_model(path, device)
+    folder = tokenizer_from or (path if os.path.isdir(path) else os.path.dirname(path) or ".")
+    tok = tokenizer.load(folder)
+    if tok.fingerprint != saved["tokenizer"]["fingerprint"]:
+        raise UserError(f"{path} was trained with the tokenizer {saved['tokenizer']['name']} "
+                        f"({saved['tokenizer']['fingerprint'][:12]}), but {folder} holds {tok.name} ({tok.fingerprint[:12]}); "
+                        "name the right folder with --tokenizer_from")
+    return model, tok
+
+
+def encode(prompt: str, tok, device):
+    """A prompt as the beginning of a document, (1, T)."""
+    return torch.tensor([[tok.eot, *tok.encode(prompt)]], device=device)
+
+
+def stream(model, tok, prompt: str, cfg: SampleConfig, generator, device):
+    """Yield the continuation of a prompt piece by piece, as soon as a piece is whole characters."""
+    decoder = tokenizer.StreamDecoder(tok)
+    for token in model.generate(encode(prompt, tok, device), cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                                cfg.repetition_penalty, stop_tokens=[tok.eot], generator=generator):
+        if int(token) != tok.eot:
+            yield decoder.push(int(token))
+    yield decoder.flush()
+
+
+@torch.no_grad()
+def next_tokens(model, tok, prompt: str, k: int, device) -> list[tuple[str, float]]:
+    """The k most probable tokens after a prompt, with their probabilities."""
+    logits = model(encode(prompt, tok, device))[0][0, -1, :model.n_tokens].float()  # (V,)
+    top = logits.softmax(dim=-1).topk(min(k, model.n_tokens))
+    return [(tok.decode([int(i)]), float(p)) for p, i in zip(top.values, top.indices, strict=True)]
+
+
+def print_table(prompt: str, names: list[str], columns: list[list[tuple[str, float]]]) -> None:
+    width = max(24, *(len(n) + 2 for n in names))
+    print(f"\n{prompt!r}\n    " + "".join(f"{n:<{width}}" for n in names))
+    for rank, row in enumerate(zip(*columns, strict=False), 1):
+        print(f"{rank:>2}  " + "".join(f"{p:7.2%}  {token!r:<{width - 9}}" for token, p in row))
+
+
+def read_prompts(cfg: SampleConfig):
+    """Prompts as they come: from flags, a file, stdin or the terminal."""
+    if cfg.interactive:
+        while True:
+            try:
+                yield input("\n> ")
+            except EOFError:
+                return
+    if cfg.prompt_file and cfg.prompt_file != "-" and not os.path.isfile(cfg.prompt_file):
+        raise UserError(f"no prompt file '{cfg.prompt_file}'")
+    if cfg.prompt_file:
+        with sys.stdin if cfg.prompt_file == "-" else open(cfg.prompt_file, encoding="utf-8") as f:
+            yield from (line.rstrip("\n") for line in f if line.strip())
+    else:
+        yield from cfg.prompt or ("",)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+
+
+def main(cfg: SampleConfig) -> dict:
+    """Print, and return {prompt: {checkpoint: [texts]}}, or with top_tokens {prompt: {checkpoint: [(token,
+    p), ...]}}."""
+    device = distributed.setup(cfg.device).device
+    dtype, _ = distributed.choose_dtype(cfg.dtype, device)
+    models = {path: load(path, cfg.tokenizer_from, device) for path in cfg.checkpoints}
+    generator = torch.Generator(device).manual_seed(cfg.seed)
+    results = {}
+    with distributed.autocast(dtype, device):
+        for prompt in read_prompts(cfg):
+            if cfg.top_tokens:
+                columns = {path: next_tokens(*m, prompt, cfg.top_tokens, device) for path, m in models.items()}
+                print_table(prompt, list(columns), list(columns.values()))
+                results[prompt] = columns
+                continue
+            texts = results[prompt] = {}
+            for path, (model, tok) in models.items():
+                for i in range(cfg.num_samples):
+                    print(f"\n--- {path}" + (f", sample {i + 1}" if cfg.num_samples > 1 else "") + f"\n{prompt}", end="")
+                    pieces = []
+                    for piece in stream(model, tok, prompt, cfg, generator, device):
+                        print(piece, end="", flush=True)
+                        pieces.append(piece)
+                    print()
+                    texts.setdefault(path, []).append("".join(pieces))
+    return results
+
+
+if __name__ == "__main__":
+    run(main, SampleConfig)

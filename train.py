@@ -1,0 +1,581 @@
+"""Pre-training and continued training: the whole loop is in this file.
+
+    python train.py config/demo.py                                      # CPU, Mac or one GPU: whatever is there
+    torchrun --standalone --nproc_per_node=2 train.py config/exp6.py    # two GPUs (or two CPU processes)
+    python train.py config/exp3.py --dry_run                            # parameters, tokens, cost, plan; trains nothing
+    python train.py config/exp3.py --lr=3e-4 --name=exp3_lr3e-4         # a flag overrides the config file
+    python train.py config/exp3.py --max_minutes=85                     # a Colab session; the same command goes on
+
+The same command continues a run that was stopped by Ctrl-C, SIGTERM, --max_minutes or kill -9: its losses are
+those of the run that was never stopped. Everything a run leaves is in out/NAME/: last.pt, best.pt,
+metrics.jsonl, samples.txt, loss.png; a run that ends adds its line to out/ledger.jsonl.
+"""
+import contextlib
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import checkpoint, data, distributed, tokenizer
+from common.checkpoint import CheckpointError
+from common.config import UserError, run
+from common.runlog import RunLog, git_commit, say
+from model import LM, ModelConfig
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+
+
+@dataclass
+class TrainConfig(ModelConfig):
+    # run
+    name: str = "train"  # its folder in out_dir; by default the config file's name
+    out_dir: str = "out"  # holds the run folders and ledger.jsonl
+    data: str = "data/shakespeare"  # folder made by prepare_data.py
+    train_tokens: int = 0  # use only the first so many training tokens (what does data buy?); 0 = all
+    init_from: str = ""  # start a new run from the weights of this checkpoint or run folder; "" = at random
+    seed: int = 1  # of initialisation, data order and dropout
+    overwrite: bool = False  # throw away the run of this name, if there is one
+    dry_run: bool = False  # print the plan and stop
+    # machine (may change when a run is continued)
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of activations; weights are fp32; fp16 scales the loss
+    compile: bool = False  # torch.compile: about a minute to start, then faster steps
+    # length: whichever ends first
+    epochs: float = 1.0  # passes over the training windows; 0 = no limit
+    max_steps: int = 0  # optimiser steps; 0 = no limit
+    max_minutes: float = 0.0  # length of this session, which is saved and can be continued; 0 = no limit
+    # batch
+    batch_size: int = 32  # sequences per optimiser step, over all processes
+    micro_batch_size: int = 0  # sequences one process runs at once; 0 = its whole share of the batch
+    # optimiser
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd uses beta1 as momentum
+    lr: float = 1e-3  # peak learning rate
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd = warm-up, stable, then linear decay
+    warmup_steps: int = 0  # linear warm-up
+    min_lr_ratio: float = 0.1  # where cosine, linear and wsd end, as a fraction of lr
+    decay_fraction: float = 0.2  # wsd: the last part of the run, in which lr decays
+    weight_decay: float = 0.1  # of matrices and embeddings; biases and norms have none
+    beta1: float = 0.9  # Adam's first moment, or SGD's momentum
+    beta2: float = 0.95  # Adam's second moment
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
+    # evaluation and output
+    eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once an epoch
+    eval_lens: tuple[int, ...] = ()  # also evaluate at these context lengths (rope and none extrapolate)
+    patience: int = 0  # stop after this many evaluations without a new best; 0 = never
+    prompts: tuple[str, ...] = ()  # continued at each evaluation
+    sample_tokens: int = 40  # length of those samples, drawn with temperature 0.8, top_k 50
+    log_interval: int = 10  # steps between rows of metrics.jsonl
+    save_minutes: float = 5.0  # between saves of last.pt, which each evaluation and the end also save; 0 = each step
+
+    def problems(self) -> list[str]:
+        out = super().problems()
+        for key in ("batch_size", "log_interval"):
+            if getattr(self, key) < 1:
+                out.append(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("micro_batch_size", "epochs", "max_steps", "max_minutes", "warmup_steps", "eval_interval", "patience",
+                    "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip", "lr"):
+            if not 0 <= getattr(self, key) < math.inf:
+                out.append(f"{key} must be a number that is not negative, got {getattr(self, key)}")
+        for key, top in (("min_lr_ratio", 1), ("decay_fraction", 1), ("beta1", 1), ("beta2", 1)):
+            if not 0 <= getattr(self, key) <= top:
+                out.append(f"{key} must be between 0 and {top}, got {getattr(self, key)}")
+        if not self.epochs and not self.max_steps:
+            out.append("the run has no end: set epochs or max_steps (max_minutes only ends a session)")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            out.append(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
+        if any(n < 1 for n in self.eval_lens):
+            out.append(f"eval_lens must be positive, got {self.eval_lens}")
+        if self.pos == "learned" and any(n > self.max_seq_len for n in self.eval_lens):
+            out.append(f"eval_lens={self.eval_lens} goes past the learned positions, which end at "
+                       f"max_seq_len={self.max_seq_len}; use pos=rope or pos=none")
+        if not self.name or os.path.basename(self.name) != self.name:
+            out.append(f"name must be a plain folder name, got '{self.name}'")
+        return out
+
+
+# A continued run may differ in these: where and how fast it computes and what it prints, not what it learns.
+MAY_CHANGE = {"name", "out_dir", "data", "overwrite", "dry_run", "device", "dtype", "compile", "micro_batch_size", "max_minutes",
+              "eval_lens", "prompts", "sample_tokens", "log_interval", "save_minutes"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Plan: what the run will be, in numbers
+
+
+@dataclass
+class Plan:
+    world: int
+    micro: int  # sequences per forward pass
+    accumulation: int  # forward passes per step and process
+    per_epoch: int  # training windows in an epoch
+    steps: int  # optimiser steps of the whole run
+
+    def evaluates(self, step: int, cfg: TrainConfig) -> bool:
+        """Whether step (1 = after the first) ends with an evaluation."""
+        if step == self.steps or cfg.eval_interval:
+            return step == self.steps or step % cfg.eval_interval == 0
+        return step * cfg.batch_size // self.per_epoch > (step - 1) * cfg.batch_size // self.per_epoch
+
+
+def make_plan(cfg: TrainConfig, world: int, per_epoch: int) -> Plan:
+    micro = cfg.micro_batch_size or max(1, cfg.batch_size // world)
+    if cfg.batch_size % (micro * world):
+        raise UserError(f"batch_size={cfg.batch_size} does not split into {world} processes x micro_batch_size={micro}; "
+                        f"use --batch_size={math.ceil(cfg.batch_size / (micro * world)) * micro * world}")
+    ends = [math.ceil(cfg.epochs * per_epoch / cfg.batch_size)] if cfg.epochs else []
+    ends += [cfg.max_steps] if cfg.max_steps else []
+    return Plan(world, micro, cfg.batch_size // (micro * world), per_epoch, max(1, min(ends)))
+
+
+def describe(cfg: TrainConfig, plan: Plan, model: LM, dist, dtype: str, why: str) -> str:
+    n, seq = model.count_parameters(), cfg.max_seq_len
+    epoch, total = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq
+    flops = model.flops_per_token(seq)
+    return "\n".join((
+        f"device      {distributed.device_name(dist.device)}; {dtype}: {why}" + ("; compiled" if cfg.compile else ""),
+        f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings)",
+        f"batch       {plan.world} process{'es' * (plan.world > 1)} x {plan.accumulation} accumulated x {plan.micro} = "
+        f"{cfg.batch_size} sequences; x {seq} = {cfg.batch_size * seq:,} tokens a step",
+        f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 (Chinchilla 20:1)",
+        f"run         {plan.steps:,} steps = {total / epoch:.2f} epochs = {total:,} tokens; D/N {total / n['total']:.2f}:1",
+        f"cost        {flops / 1e6:.1f} MFLOPs per token, {flops * total:.2e} for the run",
+        f"memory      about {estimate_memory(cfg, plan, model, dtype) / 1e9:.2f} GB (weights, gradients, optimiser, activations)"))
+
+
+def estimate_memory(cfg: TrainConfig, plan: Plan, model: LM, dtype: str) -> float:
+    """Bytes, roughly: 16 per parameter with AdamW (12 with SGD); per token and layer about 12 C + 3 F
+    activations; logits with their log-softmax and gradient."""
+    tokens, width = plan.micro * cfg.max_seq_len, 4 if dtype == "fp32" else 2
+    per_layer = 12 * cfg.d_model + 3 * (cfg.d_ff or 4 * cfg.d_model)
+    if not cfg.flash:
+        per_layer += 3 * cfg.n_heads * cfg.max_seq_len
+    return (model.count_parameters()["total"] * (16 if cfg.optimizer == "adamw" else 12)
+            + tokens * (cfg.n_layers * per_layer * width + cfg.vocab_size * (8 + width)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Optimiser and schedule
+
+
+def make_optimizer(cfg: TrainConfig, model: LM):
+    """Matrices and embeddings decay, biases and norms do not. Each parameter is in exactly one group."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    assert len({id(p) for p in decay + rest}) == len(decay + rest) == len(list(model.parameters())), "parameter groups overlap"
+    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.beta1, fused=fused)
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+
+
+def lr_at(step: int, cfg: TrainConfig, steps: int) -> float:
+    """The learning rate of step 0 .. steps - 1."""
+    if step < cfg.warmup_steps:
+        return cfg.lr * (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)  # 0 .. 1 after the warm-up
+    if cfg.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    elif cfg.schedule == "linear":
+        left = 1 - done
+    elif cfg.schedule == "wsd":
+        left = min(1.0, (1 - step / steps) / max(cfg.decay_fraction, 1e-9))
+    else:
+        return cfg.lr
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@torch.inference_mode()
+def evaluate(model: LM, tokens, split: dict, seq_len: int, batch_size: int, dist, dtype: str, stop) -> dict | None:
+    """Loss (nats per token), perplexity, bits per byte and word perplexity over a whole split, or None if
+    stopped halfway.
+
+    Bits per byte and word perplexity do not depend on the tokenizer: all nats are divided by the bytes, or
+    words, of the text. Sums are reduced over the processes and divided last, so nothing depends on batch_size
+    or their number.
+    """
+    model.eval()
+    nats, count = 0.0, 0
+    for x, y in tqdm(data.eval_batches(tokens, seq_len, batch_size, dist.rank, dist.world, dist.device), leave=False, delay=5,
+                     total=math.ceil(len(tokens) / seq_len / batch_size / dist.world), desc="evaluating",
+                     disable=not dist.is_main or not sys.stderr.isatty()):
+        with distributed.autocast(dtype, dist.device):
+            loss, _ = model(x, y)
+        valid = int((y >= 0).sum())
+        nats, count = nats + loss.item() * valid, count + valid
+        if stop.requested:
+            break
+    model.train()
+    nats, count, stopped = dist.sum(nats, count, float(stop.requested))
+    if stopped:
+        return None
+    return {"loss": nats / count, "perplexity": math.exp(min(700, nats / count)),
+            "bits_per_byte": nats / math.log(2) / split["bytes"],
+            "word_perplexity": math.exp(min(700, nats / split["words"]))}
+
+
+def sample_prompts(model: LM, tok, cfg: TrainConfig, device) -> dict[str, str]:
+    """Each configured prompt and its continuation; the same seed at every evaluation, so that texts can be
+    compared."""
+    model.eval()
+    texts = {}
+    for prompt in cfg.prompts:
+        ids = torch.tensor([[tok.eot, *tok.encode(prompt)]], device=device)  # (1, T)
+        room = cfg.sample_tokens if cfg.pos != "learned" else min(cfg.sample_tokens, cfg.max_seq_len - ids.size(1))
+        new = model.generate(ids, room, temperature=0.8, top_k=50, stop_tokens=[tok.eot],
+                             generator=torch.Generator(device).manual_seed(cfg.seed))
+        texts[prompt] = tok.decode([i for i in (int(t) for t in new) if i != tok.eot])
+    model.train()
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Starting, saving, continuing
+
+
+class StopRequest:
+    """SIGTERM and Ctrl-C ask the loop to finish its step, save and exit; a second Ctrl-C exits at once."""
+
+    requested = False
+
+    def __enter__(self):
+        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def handle(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the weights and the optimiser, all that continuing it needs. Data order and
+    dropout are functions of (seed, step), so there is no state of a sampler or random generator to keep."""
+    run_id: str
+    step: int = 0  # optimiser steps done
+    evaluated: int = 0  # the last step that was evaluated
+    best: dict = field(default_factory=dict)  # the best evaluation, and its step
+    bad_evals: int = 0  # evaluations since the best
+    loss_sum: float = 0.0  # of the steps since the last evaluation
+    seconds: float = 0.0  # spent in steps, all sessions
+    sessions: int = 0
+    ended: str = ""  # "finished" or "early stop"
+
+
+@dataclass
+class Job:
+    """What a run is made of."""
+    cfg: TrainConfig
+    dist: distributed.Dist
+    dtype: str
+    meta: dict
+    tok: object
+    windows: data.Windows
+    val_tokens: object
+    plan: Plan
+    model: LM
+    optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
+    progress: Progress | None = None
+    log: RunLog | None = None  # only in the main process
+
+    def save(self, name: str) -> None:
+        if self.log:
+            checkpoint.save(self.log.path(name), {
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "progress": asdict(self.progress), "config": asdict(self.cfg),
+                "tokenizer": self.meta["tokenizer"], "data_sha256": self.meta["splits"]["train"]["sha256"]})
+
+
+def load_job(cfg: TrainConfig, dist) -> Job:
+    """Data, plan and model at its initialisation; nothing written yet."""
+    dtype, why = distributed.choose_dtype(cfg.dtype, dist.device)
+    meta, tok = data.read_meta(cfg.data), tokenizer.load(cfg.data)
+    cfg.vocab_size, cfg.n_tokens = cfg.vocab_size or tok.vocab_size, tok.vocab_size
+    if cfg.vocab_size < tok.vocab_size:
+        raise UserError(f"vocab_size={cfg.vocab_size}, but the tokenizer of {cfg.data} has {tok.vocab_size} ids")
+    train_tokens, val_tokens = (data.open_tokens(cfg.data, s, meta) for s in ("train", "val"))
+    if cfg.train_tokens > len(train_tokens):
+        raise UserError(f"train_tokens={cfg.train_tokens:,}, but {cfg.data} has {len(train_tokens):,}")
+    windows = data.Windows(train_tokens[:cfg.train_tokens or None], cfg.max_seq_len, cfg.seed)
+    plan = make_plan(cfg, dist.world, windows.per_epoch)
+    torch.manual_seed(cfg.seed)
+    model = LM(cfg).to(dist.device)
+    if dist.is_main:
+        say(describe(cfg, plan, model, dist, dtype, why))
+    return Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, model)
+
+
+def begin_or_continue(job: Job) -> None:
+    """Fill in optimiser, scaler and progress: of a new run, or of the one in the folder."""
+    cfg, folder = job.cfg, os.path.join(job.cfg.out_dir, job.cfg.name)
+    job.log = RunLog(folder) if job.dist.is_main else None
+    job.optimizer = make_optimizer(cfg, job.model)
+    job.scaler = torch.amp.GradScaler(job.dist.device.type, enabled=job.dtype == "fp16")
+    job.progress = Progress(run_id=uuid.uuid4().hex[:12])
+    saved = None if cfg.overwrite else load_existing(cfg, folder, job.meta)
+    if saved:
+        checkpoint.load_weights(job.model, saved["model"], folder)
+        job.optimizer.load_state_dict(saved["optimizer"])
+        if job.scaler.is_enabled() and saved["scaler"]:
+            job.scaler.load_state_dict(saved["scaler"])
+        job.progress = Progress(**saved["progress"])
+    elif cfg.init_from:
+        source = checkpoint.load(cfg.init_from, keys=("model", "config", "tokenizer"))
+        check_tokenizer(source, job.meta, cfg.init_from, cfg.data)
+        checkpoint.load_weights(job.model, source["model"], cfg.init_from)
+    if job.log:
+        job.log.begin(job.progress.step if saved else None)
+        job.tok.save(folder)  # a run folder is enough to sample from
+        ended = f", {job.progress.ended}" if job.progress.ended else ""
+        say(f"{'continuing' if saved else 'starting'}    {folder} at step {job.progress.step:,} of {job.plan.steps:,}{ended}")
+    job.progress.sessions += 1
+
+
+def load_existing(cfg: TrainConfig, folder: str, meta: dict) -> dict | None:
+    """The checkpoint to continue from, or None for a new run; refuses to continue a run that differs from
+    this config."""
+    last, best = os.path.join(folder, "last.pt"), os.path.join(folder, "best.pt")
+    if not os.path.exists(last):
+        if os.path.exists(best):
+            raise CheckpointError(f"{folder} has best.pt but no last.pt; go on from it with:  cp {best} {last}\n"
+                                  "or start anew with --overwrite, or beside it with another --name")
+        return None
+    saved = checkpoint.load(last, keys=("model", "optimizer", "scaler", "progress", "config", "tokenizer", "data_sha256"))
+    check_tokenizer(saved, meta, folder, cfg.data)
+    differences = checkpoint.config_differences(saved["config"], asdict(cfg), MAY_CHANGE)
+    if saved["data_sha256"] != meta["splits"]["train"]["sha256"]:
+        differences.append(f"data: the training tokens in {cfg.data} are not those the run began with")
+    if differences:
+        raise UserError(f"{folder} holds a run with another configuration (at step {saved['progress']['step']:,}):\n  "
+                        + "\n  ".join(differences)
+                        + "\nstart beside it with --name=OTHER, throw it away with --overwrite, or train its weights further "
+                        f"in a new run with --init_from={folder} --name=OTHER")
+    return saved
+
+
+def check_tokenizer(saved: dict, meta: dict, path: str, folder: str) -> None:
+    ours, theirs = meta["tokenizer"], saved["tokenizer"]
+    if ours["fingerprint"] != theirs["fingerprint"]:
+        raise UserError(f"{path} was trained with the tokenizer {theirs['name']} ({theirs['fingerprint'][:12]}), but {folder} "
+                        f"is tokenised with {ours['name']} ({ours['fingerprint'][:12]}): the same ids mean other text\n"
+                        f"make the data with the model's tokenizer:  python prepare_data.py ... --tokenizer_from={path}")
+
+
+def resume_command() -> str:
+    args = [a for a in sys.argv if not a.startswith("--overwrite")]
+    world = os.environ.get("WORLD_SIZE")
+    return shlex.join((["torchrun", "--standalone", f"--nproc_per_node={world}"] if world else ["python"]) + args)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def main(cfg: TrainConfig) -> dict:
+    """Train, or continue, or plan. Returns the summary, which is the ledger row of a run that ended."""
+    dist = distributed.setup(cfg.device)
+    try:
+        job = load_job(cfg, dist)
+        if cfg.dry_run:
+            return {"parameters": job.model.count_parameters(), **asdict(job.plan)}
+        with StopRequest() as stop:
+            begin_or_continue(job)
+            train(job, stop)
+        return finish(job)
+    finally:
+        dist.close()
+
+
+def train(job: Job, stop: StopRequest) -> None:
+    cfg, dist, plan, progress, model = job.cfg, job.dist, job.plan, job.progress, job.model
+    net = torch.compile(model) if cfg.compile else model
+    if dist.grouped:
+        net = DistributedDataParallel(net, device_ids=[dist.device.index] if dist.device.type == "cuda" else None)
+    deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else math.inf
+    saved_at, stopping, speed = time.monotonic(), False, 0.0
+    bar = tqdm(total=plan.steps, initial=progress.step, unit="step", disable=not dist.is_main, dynamic_ncols=True,
+               mininterval=0.2 if sys.stderr.isatty() else 30)
+
+    while not progress.ended and not stopping:
+        # an evaluation that is due (in a continued run: that a stop cut short)
+        if progress.evaluated < progress.step and plan.evaluates(progress.step, cfg):
+            stopping = not evaluate_and_save(job, stop, speed)
+            saved_at = time.monotonic()
+            continue
+
+        # one optimiser step
+        began = time.perf_counter()
+        lr = lr_at(progress.step, cfg, plan.steps)
+        for group in job.optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm = gradients(job, net)
+        wants_to_stop = stop.requested or time.monotonic() > deadline
+        loss, stopping = dist.sum(loss / dist.world, float(wants_to_stop))  # all processes stop at the same step
+        if not math.isfinite(loss) or not (job.scaler.is_enabled() or math.isfinite(norm)):
+            raise_not_finite(job, loss, norm, lr)
+        job.scaler.step(job.optimizer)
+        job.scaler.update()
+        job.optimizer.zero_grad(set_to_none=True)
+        progress.step += 1
+        progress.loss_sum += loss
+        seconds = time.perf_counter() - began
+        progress.seconds += seconds
+        speed = 1 / seconds if not speed else 0.9 * speed + 0.1 / seconds  # steps per second, smoothed
+
+        # what people and programs read
+        if job.log:
+            if progress.step % cfg.log_interval == 0 or progress.step == plan.steps:
+                job.log.metrics(step=progress.step, tokens=progress.step * cfg.batch_size * cfg.max_seq_len, train_loss=loss,
+                                lr=lr, grad_norm=norm, seconds=round(progress.seconds, 3))
+            bar.set_postfix_str(f"epoch {progress.step * cfg.batch_size / plan.per_epoch:.2f}, loss {loss:.3f}, lr {lr:.1e}, "
+                                + speed_text(job, speed), refresh=False)
+            bar.update()
+            due = plan.evaluates(progress.step, cfg)
+            if not due and (stopping or time.monotonic() - saved_at >= 60 * cfg.save_minutes):
+                job.save("last.pt")
+                saved_at = time.monotonic()
+    bar.close()
+
+
+def gradients(job: Job, net) -> tuple[float, float]:
+    """Accumulate this step's gradients and clip them; returns this process's mean loss and the gradient's
+    norm."""
+    cfg, dist, plan, first = job.cfg, job.dist, job.plan, job.progress.step * job.cfg.batch_size
+    first += dist.rank * plan.micro * plan.accumulation
+    total = 0.0
+    for i in range(plan.accumulation):
+        sample = first + i * plan.micro
+        x, y = job.windows.batch(sample, plan.micro, dist.device)
+        if cfg.dropout:
+            # dropout is a function of (seed, sample): a continued run, or one on more processes, draws the
+            # same masks
+            torch.manual_seed(cfg.seed * 2**40 + sample)
+        last = i == plan.accumulation - 1
+        with contextlib.nullcontext() if last or not dist.grouped else net.no_sync():
+            with distributed.autocast(job.dtype, dist.device):
+                loss, _ = net(x, y)
+            job.scaler.scale(loss / plan.accumulation).backward()
+        total = total + loss.detach() / plan.accumulation
+    if job.progress.step == 0:
+        idle = [name for name, p in job.model.named_parameters() if p.grad is None]
+        assert not idle, f"parameters without a gradient: {idle}"
+    job.scaler.unscale_(job.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), cfg.grad_clip or math.inf)
+    return total.item(), norm.item()
+
+
+def raise_not_finite(job: Job, loss: float, norm: float, lr: float) -> None:
+    folder = os.path.join(job.cfg.out_dir, job.cfg.name)
+    saved = os.path.join(folder, "last.pt")
+    back = (f"the last save in {folder} is from before it; go on from there in a new run with:  --init_from={saved} "
+            f"--name={job.cfg.name}_lower --lr={job.cfg.lr / 3:.1e}") if os.path.exists(saved) else \
+        f"nothing was saved yet; try:  --lr={job.cfg.lr / 3:.1e} --warmup_steps=100 --overwrite"
+    raise UserError(f"not finite at step {job.progress.step + 1:,}: loss {loss}, gradient norm {norm}, learning rate {lr:.3e}; "
+                    f"stopped before the update\n{back}")
+
+
+def evaluate_and_save(job: Job, stop: StopRequest, speed: float) -> bool:
+    """Evaluate at each length, sample, log and save; False if a stop was asked for meanwhile (the run is
+    saved, and the evaluation is done when it is continued)."""
+    cfg, progress, results = job.cfg, job.progress, {}
+    for length in dict.fromkeys((cfg.max_seq_len, *cfg.eval_lens)):
+        batch_size = max(1, job.plan.micro * cfg.max_seq_len // length)
+        results[length] = evaluate(job.model, job.val_tokens, job.meta["splits"]["val"], length, batch_size, job.dist,
+                                   job.dtype, stop)
+        if results[length] is None:
+            job.save("last.pt")
+            return False
+    result = {"step": progress.step, **results[cfg.max_seq_len]}
+    better = result["loss"] < progress.best.get("loss", math.inf)
+    train_loss = progress.loss_sum / (progress.step - progress.evaluated)
+    progress.bad_evals = 0 if better else progress.bad_evals + 1
+    progress.best = result if better else progress.best
+    progress.evaluated, progress.loss_sum = progress.step, 0.0
+    if progress.step == job.plan.steps:
+        progress.ended = "finished"
+    elif cfg.patience and progress.bad_evals >= cfg.patience:
+        progress.ended = "early stop"
+    if job.log:
+        samples = sample_prompts(job.model, job.tok, cfg, job.dist.device)
+        report(job, result, {n: r["loss"] for n, r in results.items()}, train_loss, better, samples, speed)
+    if better:
+        job.save("best.pt")  # before last.pt, which knows the best: a kill between the two must not lose it
+    job.save("last.pt")
+    return True
+
+
+def report(job: Job, result: dict, losses: dict, train_loss: float, better: bool, samples: dict, speed: float) -> None:
+    cfg, step = job.cfg, result["step"]
+    tokens, epoch = step * cfg.batch_size * cfg.max_seq_len, step * cfg.batch_size / job.plan.per_epoch
+    job.log.metrics(step=step, tokens=tokens, epoch=epoch, mean_train_loss=train_loss,
+                    **{f"val_{k}": v for k, v in result.items() if k != "step"},
+                    val_loss_by_length={str(n): v for n, v in losses.items()} if cfg.eval_lens else {}, samples=samples,
+                    seconds=round(job.progress.seconds, 3))
+    say(f"step {step:>7,}  epoch {epoch:6.2f} | train {train_loss:.4f} | val {result['loss']:.4f}, perplexity "
+        f"{result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits/byte, word perplexity "
+        f"{result['word_perplexity']:.1f}{' *' if better else '  '} | {speed_text(job, speed)}")
+    if cfg.eval_lens:
+        say("              loss by context length: " + ", ".join(f"{n}: {v:.4f}" for n, v in losses.items()))
+    for prompt, text in samples.items():
+        say(f"              {prompt}|{text}".replace("\n", "\n              "))
+    job.log.draw(f"{cfg.name}: {job.model.count_parameters()['total']:,} parameters")
+
+
+def speed_text(job: Job, speed: float) -> str:
+    """tokens/s, MFU where the machine's peak is known, and peak memory, from steps per second."""
+    tokens = speed * job.cfg.batch_size * job.cfg.max_seq_len
+    peak = distributed.peak_flops(job.dist.device, job.dtype) * job.plan.world
+    mfu = f", MFU {job.model.flops_per_token(job.cfg.max_seq_len) * tokens / peak:.0%}" if peak else ""
+    return f"{tokens:,.0f} tok/s{mfu}, {distributed.peak_memory(job.dist.device):.2f} GB"
+
+
+def finish(job: Job) -> dict:
+    """The run's summary; printed, and appended to the ledger if the run has ended."""
+    cfg, progress, n = job.cfg, job.progress, job.model.count_parameters()
+    tokens = progress.step * cfg.batch_size * cfg.max_seq_len
+    summary = {"run_id": progress.run_id, "script": "train", "name": cfg.name, "status": progress.ended or "stopped",
+               "steps": progress.step, "tokens": tokens, "epochs": progress.step * cfg.batch_size / job.plan.per_epoch,
+               "parameters": n["total"], "parameters_non_embedding": n["non_embedding"], "tokens_per_parameter": tokens / n["total"],
+               **{f"best_val_{k}": v for k, v in progress.best.items()}, "seconds": progress.seconds,
+               "sessions": progress.sessions, "tokens_per_second": tokens / max(progress.seconds, 1e-9),
+               "peak_memory_gb": distributed.peak_memory(job.dist.device), "device": distributed.device_name(job.dist.device),
+               "dtype": job.dtype, "world": job.plan.world, "seed": cfg.seed, "git": git_commit(),
+               "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "config": asdict(cfg)}
+    if not job.log:
+        return summary
+    folder = job.log.folder
+    if not progress.ended:
+        say(f"stopped at step {progress.step:,} of {job.plan.steps:,} and saved in {folder}; go on with:  {resume_command()}")
+        return summary
+    job.log.ledger(summary)
+    best = progress.best
+    say(f"{progress.ended} after {progress.step:,} steps, {tokens:,} tokens, {progress.seconds / 60:.1f} minutes of training "
+        f"({summary['tokens_per_second']:,.0f} tok/s)\nbest validation at step {best['step']:,}: loss {best['loss']:.4f}, "
+        f"perplexity {best['perplexity']:.2f}, {best['bits_per_byte']:.3f} bits/byte, word perplexity "
+        f"{best['word_perplexity']:.1f}\n{folder}: best.pt, last.pt, metrics.jsonl, loss.png; try:  python sample.py {folder}")
+    return summary
+
+
+if __name__ == "__main__":
+    run(main, TrainConfig)
