@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 import uuid
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -83,7 +83,7 @@ class TrainConfig(ModelConfig):
             if getattr(self, key) < 1:
                 out.append(f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("micro_batch_size", "epochs", "max_steps", "max_minutes", "warmup_steps", "eval_interval", "patience",
-                    "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip", "lr"):
+                    "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip", "lr", "seed"):
             if not 0 <= getattr(self, key) < math.inf:
                 out.append(f"{key} must be a number that is not negative, got {getattr(self, key)}")
         for key, top in (("min_lr_ratio", 1), ("decay_fraction", 1), ("beta1", 1), ("beta2", 1)):
@@ -130,26 +130,35 @@ class Plan:
 def make_plan(cfg: TrainConfig, world: int, per_epoch: int) -> Plan:
     micro = cfg.micro_batch_size or max(1, cfg.batch_size // world)
     if cfg.batch_size % (micro * world):
-        raise UserError(f"batch_size={cfg.batch_size} does not split into {world} processes x micro_batch_size={micro}; "
-                        f"use --batch_size={math.ceil(cfg.batch_size / (micro * world)) * micro * world}")
-    ends = [math.ceil(cfg.epochs * per_epoch / cfg.batch_size)] if cfg.epochs else []
+        fits = math.ceil(cfg.batch_size / (micro * world)) * micro * world
+        raise UserError(f"batch_size={cfg.batch_size} does not split into {world} processes x "
+                        f"micro_batch_size={micro}; use --batch_size={fits}")
+    ends = [max(1, math.ceil(cfg.epochs * per_epoch / cfg.batch_size))] if cfg.epochs else []
     ends += [cfg.max_steps] if cfg.max_steps else []
-    return Plan(world, micro, cfg.batch_size // (micro * world), per_epoch, max(1, min(ends)))
+    return Plan(world, micro, cfg.batch_size // (micro * world), per_epoch, min(ends))
 
 
 def describe(cfg: TrainConfig, plan: Plan, model: LM, dist, dtype: str, why: str) -> str:
+    """The plan in equations; without data (dry_run only) what can be said without."""
     n, seq = model.count_parameters(), cfg.max_seq_len
-    epoch, total = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq
-    flops = model.flops_per_token(seq)
-    return "\n".join((
+    epoch, total, flops = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq, model.flops_per_token(seq)
+    many = "es" * (plan.world > 1)
+    lines = [
         f"device      {distributed.device_name(dist.device)}; {dtype}: {why}" + ("; compiled" if cfg.compile else ""),
         f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings)",
-        f"batch       {plan.world} process{'es' * (plan.world > 1)} x {plan.accumulation} accumulated x {plan.micro} = "
+        f"batch       {plan.world} process{many} x {plan.accumulation} accumulated x {plan.micro} = "
         f"{cfg.batch_size} sequences; x {seq} = {cfg.batch_size * seq:,} tokens a step",
-        f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 (Chinchilla 20:1)",
-        f"run         {plan.steps:,} steps = {total / epoch:.2f} epochs = {total:,} tokens; D/N {total / n['total']:.2f}:1",
-        f"cost        {flops / 1e6:.1f} MFLOPs per token, {flops * total:.2e} for the run",
-        f"memory      about {estimate_memory(cfg, plan, model, dtype) / 1e9:.2f} GB (weights, gradients, optimiser, activations)"))
+        f"memory      about {estimate_memory(cfg, plan, model, dtype) / 1e9:.1f} GB: weights, gradients, optimiser, "
+        "activations, logits",
+        f"cost        {flops / 1e6:.1f} MFLOPs per token" + (f", {flops * total:.2e} for the run" if epoch else "")]
+    if not epoch:
+        return "\n".join([*lines, f"epoch       not known: no tokens in {cfg.data} yet"])
+    return "\n".join([
+        *lines,
+        f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 "
+        "(Chinchilla 20:1)",
+        f"run         {plan.steps:,} steps = {total / epoch:.2f} epochs = {total:,} tokens; "
+        f"D/N {total / n['total']:.2f}:1"])
 
 
 def estimate_memory(cfg: TrainConfig, plan: Plan, model: LM, dtype: str) -> float:
@@ -310,15 +319,18 @@ class Job:
 def load_job(cfg: TrainConfig, dist) -> Job:
     """Data, plan and model at its initialisation; nothing written yet."""
     dtype, why = distributed.choose_dtype(cfg.dtype, dist.device)
-    meta, tok = data.read_meta(cfg.data), tokenizer.load(cfg.data)
-    cfg.vocab_size, cfg.n_tokens = cfg.vocab_size or tok.vocab_size, tok.vocab_size
-    if cfg.vocab_size < tok.vocab_size:
-        raise UserError(f"vocab_size={cfg.vocab_size}, but the tokenizer of {cfg.data} has {tok.vocab_size} ids")
-    train_tokens, val_tokens = (data.open_tokens(cfg.data, s, meta) for s in ("train", "val"))
-    if cfg.train_tokens > len(train_tokens):
-        raise UserError(f"train_tokens={cfg.train_tokens:,}, but {cfg.data} has {len(train_tokens):,}")
-    windows = data.Windows(train_tokens[:cfg.train_tokens or None], cfg.max_seq_len, cfg.seed)
-    plan = make_plan(cfg, dist.world, windows.per_epoch)
+    if cfg.dry_run and cfg.vocab_size and not os.path.exists(cfg.data):
+        meta = tok = windows = val_tokens = None
+    else:
+        meta, tok = data.read_meta(cfg.data), tokenizer.load(cfg.data)
+        if 0 < cfg.vocab_size < tok.vocab_size:
+            raise UserError(f"vocab_size={cfg.vocab_size}, but the tokenizer of {cfg.data} has {tok.vocab_size} ids")
+        cfg = replace(cfg, vocab_size=cfg.vocab_size or tok.vocab_size, n_tokens=tok.vocab_size)
+        train_tokens, val_tokens = (data.open_tokens(cfg.data, split, meta) for split in ("train", "val"))
+        if cfg.train_tokens > len(train_tokens):
+            raise UserError(f"train_tokens={cfg.train_tokens:,}, but {cfg.data} has {len(train_tokens):,}")
+        windows = data.Windows(train_tokens[:cfg.train_tokens or None], cfg.max_seq_len, cfg.seed)
+    plan = make_plan(cfg, dist.world, windows.per_epoch if windows else 0)
     torch.manual_seed(cfg.seed)
     model = LM(cfg).to(dist.device)
     if dist.is_main:
@@ -413,9 +425,11 @@ def train(job: Job, stop: StopRequest) -> None:
     if dist.grouped:
         net = DistributedDataParallel(net, device_ids=[dist.device.index] if dist.device.type == "cuda" else None)
     deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else math.inf
-    saved_at, stopping, speed = time.monotonic(), False, 0.0
-    bar = tqdm(total=plan.steps, initial=progress.step, unit="step", disable=not dist.is_main, dynamic_ncols=True,
-               mininterval=0.2 if sys.stderr.isatty() else 30)
+    saved_at = said_at = time.monotonic()
+    stopping, speed, terminal = False, 0.0, sys.stderr.isatty()
+    bar = tqdm(
+        total=plan.steps, initial=progress.step, unit="step", disable=not dist.is_main or not terminal, dynamic_ncols=True
+    )
 
     while not progress.ended and not stopping:
         # an evaluation that is due (in a continued run: that a stop cut short)
@@ -447,12 +461,17 @@ def train(job: Job, stop: StopRequest) -> None:
         if job.log:
             if progress.step % cfg.log_interval == 0 or progress.step == plan.steps:
                 job.log.metrics(step=progress.step, tokens=progress.step * cfg.batch_size * cfg.max_seq_len, train_loss=loss,
-                                lr=lr, grad_norm=norm, seconds=round(progress.seconds, 3))
-            bar.set_postfix_str(f"epoch {progress.step * cfg.batch_size / plan.per_epoch:.2f}, loss {loss:.3f}, lr {lr:.1e}, "
-                                + speed_text(job, speed), refresh=False)
+                                lr=lr, grad_norm=norm if math.isfinite(norm) else None, seconds=round(progress.seconds, 3))
+            epoch = progress.step * cfg.batch_size / plan.per_epoch
+            text = f"epoch {epoch:.2f}, loss {loss:.3f}, lr {lr:.1e}, {speed_text(job, speed)}"
+            bar.set_postfix_str(text, refresh=False)
             bar.update()
-            due = plan.evaluates(progress.step, cfg)
-            if not due and (stopping or time.monotonic() - saved_at >= 60 * cfg.save_minutes):
+            if not terminal and time.monotonic() - said_at > 60:  # a log file gets a line a minute in place of the bar
+                left = (plan.steps - progress.step) / speed / 60
+                say(f"step {progress.step:>7,}  {text}, {left:.0f} minutes left")
+                said_at = time.monotonic()
+            due = plan.evaluates(progress.step, cfg)  # then the evaluation saves, or is repeated after a stop
+            if stopping or not due and time.monotonic() - saved_at >= 60 * cfg.save_minutes:
                 job.save("last.pt")
                 saved_at = time.monotonic()
     bar.close()
@@ -470,7 +489,7 @@ def gradients(job: Job, net) -> tuple[float, float]:
         if cfg.dropout:
             # dropout is a function of (seed, sample): a continued run, or one on more processes, draws the
             # same masks
-            torch.manual_seed(cfg.seed * 2**40 + sample)
+            torch.manual_seed((cfg.seed * 2**40 + sample) % 2**63)
         last = i == plan.accumulation - 1
         with contextlib.nullcontext() if last or not dist.grouped else net.no_sync():
             with distributed.autocast(job.dtype, dist.device):
@@ -537,8 +556,8 @@ def report(job: Job, result: dict, losses: dict, train_loss: float, better: bool
         f"{result['word_perplexity']:.1f}{' *' if better else '  '} | {speed_text(job, speed)}")
     if cfg.eval_lens:
         say("              loss by context length: " + ", ".join(f"{n}: {v:.4f}" for n, v in losses.items()))
-    for prompt, text in samples.items():
-        say(f"              {prompt}|{text}".replace("\n", "\n              "))
+    for prompt, text in samples.items():  # on one line here; as it is in samples.txt
+        say(f"              {prompt}|{' '.join(text.split()):.180}")
     job.log.draw(f"{cfg.name}: {job.model.count_parameters()['total']:,} parameters")
 
 

@@ -48,13 +48,17 @@ def load(path: str, keys=("model", "config"), map_location="cpu") -> dict:
         path = found[0]
     if not os.path.exists(path):
         raise CheckpointError(f"no checkpoint at {path}; runs keep theirs in out/NAME/")
+    if not zipfile.is_zipfile(path):  # torch.save's container, whose directory is at its end
+        raise CheckpointError(f"{path} is not a whole checkpoint ({os.path.getsize(path):,} bytes); "
+                              "copy it again, or go on from the folder's other .pt file")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as e:
-        raise CheckpointError(f"{path} holds more than tensors and plain values and was not loaded: a checkpoint is data, "
-                              f"never code\n({str(e).splitlines()[0]})") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as e:
-        raise CheckpointError(f"{path} is not a whole checkpoint ({os.path.getsize(path)} bytes; {str(e).splitlines()[0]}); "
+        reason = str(e).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        raise CheckpointError(f"{path} holds more than tensors and plain values and was not loaded: "
+                              f"a checkpoint is data, never code\n({reason})") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as e:
+        raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {str(e):.200}); "
                               "copy it again, or go on from the folder's other .pt file") from None
     missing = [k for k in keys if not isinstance(state, dict) or k not in state]
     if missing:

@@ -160,7 +160,7 @@ def load(cls, argv: list[str] | None = None):
                 values.update(from_file(arg, kinds, problems))
                 if "name" in kinds:
                     values.setdefault("name", os.path.basename(arg)[:-3])
-            elif cls.POSITIONAL:
+            elif cls.POSITIONAL and (not arg.startswith("-") or arg == "-"):
                 bare.append(arg)
             else:
                 problems.append(f"unexpected argument '{arg}' (config files end in .py, flags begin with --)")

@@ -11,11 +11,11 @@ flash = False
 
 batch_size = 16
 epochs = 0
-max_steps = 1500
+max_steps = 1000
 lr = 2e-3
 schedule = "linear"
 warmup_steps = 50
 min_lr_ratio = 0.0
-eval_interval = 150
+eval_interval = 100
 patience = 5
 prompts = ("ROMEO.", "To be, or not to be,", "The king")

@@ -1,0 +1,334 @@
+"""Tokenizers behind one interface, made from the strings that --tokenizer takes:
+
+    gpt2            GPT-2's byte-pair encoding (tiktoken); gpt2:PATH/gpt2.tiktoken reads a local rank file
+    bpe:8192        byte-level BPE of so many ids, trained on the training split, with GPT-2's rules
+    words:1000      the most frequent words, with <unk> and <|endoftext|> among the 1000 ids
+    bytes           256 bytes and <|endoftext|>
+    hf:NAME_OR_PATH a tokenizer.json of the `tokenizers` library: a file, a folder, or one of the hub
+
+Whatever the kind, `save` writes one self-contained tokenizer.json, so a data or run folder can go anywhere.
+"""
+import base64
+import codecs
+import hashlib
+import importlib
+import itertools
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from common.config import UserError
+
+EOT = "<|endoftext|>"
+UNK = "<unk>"
+FILE = "tokenizer.json"
+FORMS = "gpt2, gpt2:PATH/gpt2.tiktoken, bpe:8192, words:1000, bytes, hf:NAME_OR_PATH"
+# OpenAI's r50k pattern: a space belongs to the word after it, so text may be cut at one between two letters
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+WORD_PATTERN = rf"{UNK}|\w+|(?:(?!{UNK})[^\w\s])+"
+
+
+def need(module: str):
+    """The module, imported only when used; UserError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"the package '{module}' is needed here ({e})\n"
+                        f"install it with:  pip install {module.partition('.')[0]}") from None
+
+
+# ---- The kinds -----------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """ids are 0 .. vocab_size - 1; `eot` is the id that stands before every document.
+
+    `content` (JSON) says all about how text becomes ids; `fingerprint` is the SHA-256 of kind, eot and
+    content: tokenizers that could encode differently have different ones, whatever their names."""
+
+    kind = ""
+
+    def __init__(self, name: str, content, eot: int, vocab_size: int):
+        self.name, self.content, self.eot, self.vocab_size = name, content, eot, vocab_size
+        canonical = json.dumps([self.kind, eot, content], sort_keys=True, separators=(",", ":"))
+        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[np.ndarray]:
+        """Unsigned ids of each text, in parallel (threads=0: all cores). Special tokens are plain text."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """Text of any sequence of ids; broken UTF-8 becomes U+FFFD. ValueError if an id is out of range."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is not in 0 .. {self.vocab_size - 1}, the ids of {self.name}")
+        return self._decode(ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, i: int) -> bytes | None:
+        """The bytes one id stands for, or None if that depends on its neighbours."""
+        raise NotImplementedError
+
+    def save(self, folder: str) -> None:
+        with open(os.path.join(folder, FILE), "w", encoding="utf-8") as f:
+            json.dump({"kind": self.kind, "name": self.name, "eot": self.eot, "vocab_size": self.vocab_size,
+                       "fingerprint": self.fingerprint, "content": self.content}, f, ensure_ascii=False)
+
+
+class Bytes(Tokenizer):
+    kind = "bytes"
+
+    def __init__(self, name: str = "bytes", content=None, eot: int = 256):
+        super().__init__(name, content, eot, 257)
+
+    def encode_batch(self, texts, threads=0):
+        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+
+    def token_bytes(self, i):
+        return EOT.encode() if i == self.eot else bytes([i])
+
+
+class RankBPE(Tokenizer):
+    """Byte-pair encoding by ranks, GPT-2's or our own: the id of a token is its rank, eot comes last.
+
+    Our own is trained by `tokenizers` but encoded by tiktoken as well: the ids are the same (a test compares
+    them), and on 2 cores it is several times faster."""
+
+    kind = "ranks"
+
+    def __init__(self, name: str, content: list[str], eot: int):
+        super().__init__(name, content, eot, len(content) + 1)
+        self.tokens = [base64.b64decode(t, validate=True) for t in content] + [EOT.encode()]
+        ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
+        if eot != len(content) or len(ranks) != eot or not all(bytes([b]) in ranks for b in range(256)):
+            raise ValueError("ranks must be unique, without gaps, and cover all 256 bytes")
+        self.encoding = need("tiktoken").Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
+                                                  special_tokens={EOT: eot})
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts, threads=0):
+        def work(group):  # arrays, because tiktoken drops the GIL to encode but needs it to fill a list
+            return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in group]
+
+        threads = threads or os.cpu_count() or 1
+        step = -(-len(texts) // (8 * threads)) or 1
+        with ThreadPoolExecutor(threads) as pool:
+            groups = pool.map(work, (texts[i:i + step] for i in range(0, len(texts), step)))
+            return list(itertools.chain.from_iterable(groups))
+
+    def token_bytes(self, i):
+        return self.tokens[i]
+
+
+class HuggingFace(Tokenizer):
+    """What `tokenizers` reads: hf:... and words:N. Its threads follow RAYON_NUM_THREADS, not `threads`."""
+
+    kind = "tokenizers"
+
+    def __init__(self, name: str, content: dict, eot: int):
+        self.library = need("tokenizers").Tokenizer.from_str(json.dumps(content))
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.library.encode_special_tokens = True  # special tokens in the text are text
+        vocab = self.library.get_vocab(with_added_tokens=True)
+        super().__init__(name, content, eot, max(vocab.values()) + 1)
+        self.pieces = None  # the bytes of each id, when they do not depend on neighbours
+        if (content.get("decoder") or {}).get("type") == "ByteLevel":
+            byte_of, added = byte_alphabet(), {t["id"] for t in content.get("added_tokens", [])}
+            self.pieces = {i: token.encode() if i in added else bytes(byte_of[c] for c in token)
+                           for token, i in vocab.items()}
+
+    def encode_batch(self, texts, threads=0):
+        found = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(e.ids, dtype=np.uint32) for e in found]
+
+    def _decode(self, ids):
+        return self.library.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self, i):
+        return None if self.pieces is None else self.pieces.get(i, b"")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's stand-in for each byte -> the byte: itself if printable, else the next one from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
+
+
+# ---- Making and loading --------------------------------------------------------------------------------
+
+def open_tokenizer(spec: str, train_texts=None) -> Tokenizer:
+    """The tokenizer that a --tokenizer string names; `train_texts`, an iterator of strings, is read by bpe:N
+    and words:N only. UserError if the string, the file or the network is at fault."""
+    kind, _, rest = spec.partition(":")
+    if kind in ("bpe", "words") and rest.isdecimal():
+        least = 257 if kind == "bpe" else 3
+        if int(rest) < least:
+            raise UserError(f"--tokenizer={spec}: {kind} needs at least {least} ids")
+        if train_texts is None:
+            raise UserError(f"--tokenizer={spec} is trained on text, and there is none here")
+        return (train_bpe if kind == "bpe" else train_words)(train_texts, int(rest))
+    if spec == "bytes":
+        return Bytes()
+    if kind == "gpt2" and (rest or spec == "gpt2"):
+        return gpt2(rest)
+    if kind == "hf" and rest:
+        return hugging_face(rest)
+    raise UserError(f"--tokenizer={spec} is not one of: {FORMS}")
+
+
+def rank_bpe(name: str, tokens: list[bytes]) -> RankBPE:
+    return RankBPE(name, [base64.b64encode(t).decode() for t in tokens], len(tokens))
+
+
+def gpt2(path: str = "") -> RankBPE:
+    if path:
+        tokens = read_ranks(path)
+        return rank_bpe("gpt2" if len(tokens) == 50256 else f"gpt2:{os.path.basename(path)}", tokens)
+    try:
+        ranks = need("tiktoken").get_encoding("gpt2")._mergeable_ranks
+    except (OSError, ValueError) as e:
+        raise UserError(
+            f"tiktoken could not download GPT-2's ranks ({type(e).__name__}); without a network, either\n"
+            "  --tokenizer=gpt2:PATH/gpt2.tiktoken  a rank file: whisper/assets/gpt2.tiktoken in what\n"
+            "                                       `pip download --no-deps openai-whisper` fetches\n"
+            "  --tokenizer=bpe:8192                 train one on your text, no download") from None
+    return rank_bpe("gpt2", sorted(ranks, key=ranks.get))
+
+
+def read_ranks(path: str) -> list[bytes]:
+    """The tokens of a .tiktoken file (base64 and rank on each line), in order of rank."""
+    try:
+        with open(path, "rb") as f:
+            lines = [line.split() for line in f if line.strip()]
+        ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+    except OSError as e:
+        raise UserError(f"--tokenizer=gpt2:{path}: {e.strerror}") from None
+    except ValueError:
+        ranks = {}
+    tokens = set(ranks.values()) | {bytes([b]) for b in range(256)}
+    if sorted(ranks) != list(range(len(lines))) or len(tokens) != len(ranks):
+        raise UserError(f"--tokenizer=gpt2:{path} is no rank file: expected a base64 token and its rank a\n"
+                        "line, ranks without gaps, and all 256 single bytes among the tokens")
+    return [ranks[i] for i in range(len(ranks))]
+
+
+def train_bpe(texts, vocab_size: int) -> RankBPE:
+    """Byte-level BPE of `vocab_size` ids (fewer if the text has no more pairs) from strings."""
+    lib = need("tokenizers")
+    tok = lib.Tokenizer(lib.models.BPE())
+    tok.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(texts, lib.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False))
+    vocab, byte_of = tok.get_vocab(), byte_alphabet()
+    return rank_bpe(f"bpe:{vocab_size}", [bytes(byte_of[c] for c in t) for t in sorted(vocab, key=vocab.get)])
+
+
+def train_words(texts, vocab_size: int) -> HuggingFace:
+    """The most frequent words and runs of punctuation. A literal <unk> is the <unk> id; line ends vanish."""
+    lib = need("tokenizers")
+    split = lib.pre_tokenizers.Split(lib.Regex(WORD_PATTERN), behavior="removed", invert=True)
+    tok = lib.Tokenizer(lib.models.WordLevel())
+    tok.pre_tokenizer = split
+    tok.train_from_iterator(texts, lib.trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False))
+    found = tok.get_vocab()
+    words = [w for w in sorted(found, key=found.get) if w != UNK][:vocab_size - 2]
+    vocab = {w: i for i, w in enumerate([UNK, EOT, *words])}
+    tok = lib.Tokenizer(lib.models.WordLevel(vocab, unk_token=UNK))
+    tok.pre_tokenizer = split
+    return HuggingFace(f"words:{vocab_size}", json.loads(tok.to_str()), eot=vocab[EOT])
+
+
+def hugging_face(where: str) -> HuggingFace:
+    """From a tokenizer.json, a folder that has one, or the hub."""
+    library, config, path = need("tokenizers").Tokenizer, {}, os.path.expanduser(where)
+    path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    try:
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                content = json.load(f)
+            config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+            if os.path.exists(config_path):
+                with open(config_path, encoding="utf-8") as f:
+                    config = json.load(f)
+        else:
+            content = json.loads(library.from_pretrained(where).to_str())
+        vocab = library.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
+    except Exception as e:  # `tokenizers` raises bare Exceptions
+        what = "is no tokenizer.json of `tokenizers`" if os.path.exists(path) else (
+            "is no file or folder here, and could not be fetched from the Hugging Face hub; "
+            "--tokenizer=hf:PATH/tokenizer.json needs no network")
+        raise UserError(f"--tokenizer=hf:{where} {what} ({type(e).__name__}: {str(e)[:200]})") from None
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    # a chat model's eos ends a turn (<|im_end|>); what stood between pre-training documents comes first
+    for token in (EOT, "<|end_of_text|>", eos, "</s>", "<eos>", "[SEP]"):
+        if token in vocab:
+            return HuggingFace(f"hf:{where}", content, vocab[token])
+    raise UserError(f"--tokenizer=hf:{where} has no token to separate documents; put the name of one as "
+                    '"eos_token" into a tokenizer_config.json next to tokenizer.json')
+
+
+def load(folder: str) -> Tokenizer:
+    """The tokenizer that `save` left in a data or run folder; UserError if missing, damaged or changed."""
+    path = os.path.join(folder, FILE)
+    try:
+        with open(path, encoding="utf-8") as f:
+            saved = json.load(f)
+        kinds = {c.kind: c for c in (Bytes, RankBPE, HuggingFace)}
+        tok = kinds[saved["kind"]](saved["name"], saved["content"], saved["eot"])
+        if tok.fingerprint != saved["fingerprint"]:
+            raise ValueError("its content does not match its fingerprint")
+        return tok
+    except FileNotFoundError:
+        raise UserError(f"no {path}; prepare_data.py writes it next to the tokens") from None
+    except UserError:
+        raise
+    except Exception as e:  # `tokenizers` raises bare Exceptions
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {str(e)[:200]})\ncopy it again from where "
+                        "it was made, or make the folder anew with prepare_data.py --overwrite") from None
+
+
+# ---- Decoding a stream ---------------------------------------------------------------------------------
+
+class StreamDecoder:
+    """Text as ids arrive: push(id) returns what has become certain, never half a character; flush() the rest.
+    Together they give decode(all ids), in time linear in their number."""
+
+    LONGEST = 8  # ids that may wait for the end of one character; UTF-8 needs at most 4
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.utf8 = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+        self.window, self.told, self.prefix = [], 0, ""  # ids; the text of the first `told` is out: `prefix`
+
+    def push(self, i: int) -> str:
+        data = self.tokenizer.token_bytes(int(i))
+        if data is not None:
+            return self.utf8.decode(data)
+        self.window.append(int(i))
+        text = self.tokenizer.decode(self.window)
+        if text.endswith("\ufffd") and len(self.window) - self.told < self.LONGEST:
+            return ""
+        new = text[len(self.prefix):]
+        # an id's text may depend on the one before (words get a space), so what was just told stays in view
+        self.window = self.window[self.told:]
+        self.told, self.prefix = len(self.window), self.tokenizer.decode(self.window)
+        return new
+
+    def flush(self) -> str:
+        rest = self.utf8.decode(b"", final=True)
+        if self.window:
+            rest += self.tokenizer.decode(self.window)[len(self.prefix):]
+        self.window, self.told, self.prefix = [], 0, ""
+        return rest
