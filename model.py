@@ -40,7 +40,7 @@ class ModelConfig(Config):
     n_heads: int = 4  # attention heads H
     n_kv_heads: int = 0  # heads G of keys and values (grouped queries); 0 = n_heads
     d_ff: int = 0  # hidden width of the feed-forward; 0 = 4 * d_model
-    activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"  # relu2 = relu squared; swiglu has a gate: 3 matrices
+    activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"  # relu2 = relu squared
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before each mixer and feed-forward, and at the end
     bias: bool = True  # biases on linear layers and LayerNorm
     head_bias: bool = True  # a bias of size V on the output
@@ -66,7 +66,8 @@ class ModelConfig(Config):
                        key=lambda h: abs(h - self.n_heads))
             out.append(f"n_heads={self.n_heads} does not divide d_model={self.d_model}; n_heads={fits} does")
         elif self.pos == "rope" and self.d_model // self.n_heads % 2:
-            out.append(f"pos=rope rotates pairs, but the head size d_model/n_heads={self.d_model // self.n_heads} is odd")
+            out.append("pos=rope rotates pairs, but the head size d_model/n_heads="
+                       f"{self.d_model // self.n_heads} is odd")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
             out.append(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
         if not 0 <= self.dropout < 1:
@@ -83,14 +84,16 @@ class ModelConfig(Config):
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
-    return nn.RMSNorm(cfg.d_model, eps=1e-5) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.d_model, bias=cfg.bias)
+    if cfg.norm == "rmsnorm":
+        return nn.RMSNorm(cfg.d_model, eps=1e-5)
+    return nn.LayerNorm(cfg.d_model, bias=cfg.bias)
 
 
 def rope_angles(positions, head_size: int, theta: float):
     """cos and sin (T, D/2) of positions (T,): pair i turns by positions * theta^(-2i/D) (RoFormer,
     2104.09864). In float32 always: bf16 has 8 bits and cannot tell position 256 from 257."""
-    frequencies = theta ** (-torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32) / head_size)
-    angles = positions.float()[:, None] * frequencies  # (T, D/2)
+    exponents = torch.arange(0, head_size, 2, device=positions.device).float() / head_size  # (D/2,)
+    angles = positions.float()[:, None] * theta ** -exponents  # (T, D/2)
     return angles.cos(), angles.sin()
 
 
@@ -151,16 +154,18 @@ class Attention(nn.Module):
         if state is not None:
             k, v = state.append(k, v)  # (B, G, S, D)
         if self.n_kv_heads < self.n_heads:
-            k, v = (t.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for t in (k, v))  # (B, H, S, D)
+            repeats = self.n_heads // self.n_kv_heads
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, D)
         y = self.attend(q, k, v, self.cfg.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
     def attend(self, q, k, v, dropout: float):
         T, S = q.size(2), k.size(2)
-        # query t stands at position S - T + t; without a cache S = T and the kernel knows the mask by itself
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if not self.cfg.flash or 1 < T < S else None
+        mask = None
+        if not self.cfg.flash or 1 < T < S:  # without a cache S = T, and the kernel makes the mask itself
+            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # query t is at S - T + t
         if self.cfg.flash:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=T == S and T > 1)
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S and T > 1)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # (B, H, T, S)
         weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
         return F.dropout(weights, dropout) @ v  # (B, H, T, D)
@@ -241,7 +246,7 @@ class LM(nn.Module):
             elif name.endswith(("embed.weight", "qkv.weight", "up.weight", "head.weight")):
                 p.normal_(0, 0.02)
             else:
-                raise AssertionError(f"no initialisation rule for parameter {name} {tuple(p.shape)}: add one here")
+                raise AssertionError(f"no initialisation rule for {name} {tuple(p.shape)}: add one here")
 
     def forward(self, tokens, targets=None, state: DecodingState | None = None):
         """tokens (B, T) -> (logits (B, T, V), state), or with targets (B, T) -> (mean loss in nats per token,
@@ -261,8 +266,8 @@ class LM(nn.Module):
         start = state.length if state else 0
         stop = start + tokens.size(1)
         if self.pos_embed is not None and stop > self.cfg.max_seq_len:
-            raise ValueError(f"{stop} tokens, but learned positions end at max_seq_len={self.cfg.max_seq_len}; "
-                             "use fewer, or train with pos=rope or pos=none")
+            raise ValueError(f"{stop} tokens, but learned positions end at max_seq_len="
+                             f"{self.cfg.max_seq_len}; use fewer, or train with pos=rope or pos=none")
         positions = torch.arange(start, stop, device=tokens.device)  # (T,)
         x = self.embed(tokens)  # (B, T, C)
         if self.pos_embed is not None:
@@ -281,8 +286,9 @@ class LM(nn.Module):
         return DecodingState(0, [block.mixer.init_state() for block in self.blocks])
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                 repetition_penalty: float = 1.0, stop_tokens=(), generator=None, use_cache: bool = True):
+    def generate(self, tokens, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
+                 top_p: float = 1.0, repetition_penalty: float = 1.0, stop_tokens=(), generator=None,
+                 use_cache: bool = True):
         """Yield one (B, 1) of new tokens per step after the prompts `tokens` (B, T), T >= 1; see sample_token
         for the knobs.
 
@@ -292,20 +298,22 @@ class LM(nn.Module):
         tests). Call model.eval() first.
         """
         if tokens.dim() != 2 or not tokens.size(1):
-            raise ValueError(f"expected a prompt (B, T) with at least one token, got shape {tuple(tokens.shape)}")
+            raise ValueError(f"expected a prompt (B, T) of T >= 1, got shape {tuple(tokens.shape)}")
         limit = self.cfg.max_seq_len if self.pos_embed is not None else math.inf
         stops = torch.tensor(list(stop_tokens), device=tokens.device, dtype=torch.long)
         done = torch.zeros(tokens.size(0), 1, dtype=torch.bool, device=tokens.device)  # (B, 1)
-        start, state, unseen = 0, self.init_state(), tokens  # the window begins at `start`; `unseen` is not in the cache
+        start, state, unseen = 0, self.init_state(), tokens  # window's begin; not yet in the cache
         for _ in range(max_new_tokens):
             if tokens.size(1) - start > limit:
                 start = tokens.size(1) - max(1, limit // 2)
                 state, unseen = self.init_state(), tokens[:, start:]
-                warnings.warn(f"past max_seq_len={limit}: going on from the last {unseen.size(1)} tokens", stacklevel=2)
+                warnings.warn(f"past max_seq_len={limit}: going on from the last {unseen.size(1)} tokens",
+                              stacklevel=2)
             if not use_cache:
                 state, unseen = None, tokens[:, start:]
             logits = self.head(self.hidden(unseen, state)[:, -1]).float()  # (B, V)
-            new = sample_token(logits[:, :self.n_tokens], tokens, temperature, top_k, top_p, repetition_penalty, generator)
+            new = sample_token(logits[:, :self.n_tokens], tokens, temperature, top_k, top_p,
+                               repetition_penalty, generator)
             new = torch.where(done, tokens[:, -1:], new)  # (B, 1)
             tokens, unseen = torch.cat((tokens, new), dim=1), new
             yield new
@@ -317,7 +325,8 @@ class LM(nn.Module):
         """`total`; `non_embedding`: without token and position tables and an untied head's matrix; `matmul`:
         the weights that multiply every token, head included, which set the cost."""
         total = sum(p.numel() for p in self.parameters())
-        tables = {id(m.weight): m.weight.numel() for m in (self.embed, self.pos_embed, self.head) if m is not None}
+        modules = [m for m in (self.embed, self.pos_embed, self.head) if m is not None]
+        tables = {id(m.weight): m.weight.numel() for m in modules}  # a tied matrix counts once
         matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return {"total": total, "non_embedding": total - sum(tables.values()), "matmul": matmul}
 
@@ -340,7 +349,8 @@ def load_model(path: str, device="cpu") -> tuple[LM, dict]:
 # Sampling
 
 
-def sample_token(logits, context, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
+def sample_token(logits, context, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                 generator=None):
     """One token (B, 1) per row from logits (B, V) after `context` (B, S).
 
     temperature 0 is greedy. repetition_penalty divides the positive and multiplies the negative logits of
@@ -350,7 +360,8 @@ def sample_token(logits, context, temperature=1.0, top_k=0, top_p=1.0, repetitio
     """
     if repetition_penalty != 1.0:
         seen = logits.gather(1, context)  # (B, S)
-        logits = logits.scatter(1, context, torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty))
+        seen = torch.where(seen > 0, seen / repetition_penalty, seen * repetition_penalty)
+        logits = logits.scatter(1, context, seen)
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)  # (B, 1)
     logits = logits / temperature

@@ -4,7 +4,7 @@
     python sample.py out/demo --prompt="ROMEO." --prompt="To be,"        # several prompts
     python sample.py out/demo --prompt_file=prompts.txt                  # one a line; - reads them from stdin
     python sample.py out/demo --interactive                              # type a prompt, read on; Ctrl-D ends
-    python sample.py out/mini3 out/mini6 --prompt="The king" --top_tokens=5    # next-token tables side by side
+    python sample.py out/mini3 out/mini6 --prompt="The king" --top_tokens=5   # next-token tables side by side
 
 A run folder means its best.pt. The folder also holds the tokenizer, so it can be copied to another machine
 and sampled there.
@@ -18,6 +18,7 @@ import torch
 
 from common import distributed, tokenizer
 from common.config import Config, UserError, run
+from common.stream import StreamDecoder
 from model import load_model
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,8 +52,9 @@ class SampleConfig(Config):
         if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
             out.append(f"dtype: expected one of auto, fp32, bf16, fp16; got '{self.dtype}'")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
-            out.append("temperature and top_k must not be negative, top_p in (0, 1], repetition_penalty above 0; got "
-                       f"{self.temperature}, {self.top_k}, {self.top_p}, {self.repetition_penalty}")
+            out.append("temperature and top_k must not be negative, top_p in (0, 1], repetition_penalty "
+                       f"above 0; got {self.temperature}, {self.top_k}, {self.top_p}, "
+                       f"{self.repetition_penalty}")
         if min(self.top_tokens, self.max_new_tokens) < 0 or self.num_samples < 1:
             out.append("top_tokens and max_new_tokens must not be negative, num_samples at least 1")
         if sum((bool(self.prompt), bool(self.prompt_file), self.interactive)) > 1:
@@ -71,8 +73,8 @@ def load(path: str, tokenizer_from: str, device):
     tok = tokenizer.load(folder)
     if tok.fingerprint != saved["tokenizer"]["fingerprint"]:
         raise UserError(f"{path} was trained with the tokenizer {saved['tokenizer']['name']} "
-                        f"({saved['tokenizer']['fingerprint'][:12]}), but {folder} holds {tok.name} ({tok.fingerprint[:12]}); "
-                        "name the right folder with --tokenizer_from")
+                        f"({saved['tokenizer']['fingerprint'][:12]}), but {folder} holds {tok.name} "
+                        f"({tok.fingerprint[:12]}); name the right folder with --tokenizer_from")
     return model, tok
 
 
@@ -83,9 +85,10 @@ def encode(prompt: str, tok, device):
 
 def stream(model, tok, prompt: str, cfg: SampleConfig, generator, device):
     """Yield the continuation of a prompt piece by piece, as soon as a piece is whole characters."""
-    decoder = tokenizer.StreamDecoder(tok)
-    for token in model.generate(encode(prompt, tok, device), cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                                cfg.repetition_penalty, stop_tokens=[tok.eot], generator=generator):
+    decoder = StreamDecoder(tok)
+    for token in model.generate(encode(prompt, tok, device), cfg.max_new_tokens, cfg.temperature,
+                                cfg.top_k, cfg.top_p, cfg.repetition_penalty, stop_tokens=[tok.eot],
+                                generator=generator):
         if int(token) != tok.eot:
             yield decoder.push(int(token))
     yield decoder.flush()
@@ -138,14 +141,16 @@ def main(cfg: SampleConfig) -> dict:
     with distributed.autocast(dtype, device):
         for prompt in read_prompts(cfg):
             if cfg.top_tokens:
-                columns = {path: next_tokens(*m, prompt, cfg.top_tokens, device) for path, m in models.items()}
+                columns = {path: next_tokens(model, tok, prompt, cfg.top_tokens, device)
+                           for path, (model, tok) in models.items()}
                 print_table(prompt, list(columns), list(columns.values()))
                 results[prompt] = columns
                 continue
             texts = results[prompt] = {}
             for path, (model, tok) in models.items():
                 for i in range(cfg.num_samples):
-                    print(f"\n--- {path}" + (f", sample {i + 1}" if cfg.num_samples > 1 else "") + f"\n{prompt}", end="")
+                    which = f", sample {i + 1}" if cfg.num_samples > 1 else ""
+                    print(f"\n--- {path}{which}\n{prompt}", end="")
                     pieces = []
                     for piece in stream(model, tok, prompt, cfg, generator, device):
                         print(piece, end="", flush=True)

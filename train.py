@@ -1,10 +1,10 @@
 """Pre-training and continued training: the whole loop is in this file.
 
-    python train.py config/demo.py                                      # CPU, Mac or one GPU: whatever is there
-    torchrun --standalone --nproc_per_node=2 train.py config/exp6.py    # two GPUs (or two CPU processes)
-    python train.py config/exp3.py --dry_run                            # parameters, tokens, cost, plan; trains nothing
-    python train.py config/exp3.py --lr=3e-4 --name=exp3_lr3e-4         # a flag overrides the config file
-    python train.py config/exp3.py --max_minutes=85                     # a Colab session; the same command goes on
+    python train.py config/demo.py                                    # CPU, Mac or one GPU: whatever is there
+    torchrun --standalone --nproc_per_node=2 train.py config/exp6.py  # two GPUs (or two CPU processes)
+    python train.py config/exp3.py --dry_run                          # size, cost, plan; trains nothing
+    python train.py config/exp3.py --lr=3e-4 --name=exp3_lr3e-4       # a flag overrides the config file
+    python train.py config/exp3.py --max_minutes=85                   # a session; the same command goes on
 
 The same command continues a run that was stopped by Ctrl-C, SIGTERM, --max_minutes or kill -9: its losses are
 those of the run that was never stopped. Everything a run leaves is in out/NAME/: last.pt, best.pt,
@@ -14,7 +14,6 @@ import contextlib
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 import uuid
@@ -29,6 +28,7 @@ from common import checkpoint, data, distributed, tokenizer
 from common.checkpoint import CheckpointError
 from common.config import UserError, run
 from common.runlog import RunLog, git_commit, say
+from common.stop import StopRequest
 from model import LM, ModelConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class TrainConfig(ModelConfig):
     dry_run: bool = False  # print the plan and stop
     # machine (may change when a run is continued)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of activations; weights are fp32; fp16 scales the loss
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; weights stay fp32
     compile: bool = False  # torch.compile: about a minute to start, then faster steps
     # length: whichever ends first
     epochs: float = 1.0  # passes over the training windows; 0 = no limit
@@ -60,7 +60,7 @@ class TrainConfig(ModelConfig):
     # optimiser
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd uses beta1 as momentum
     lr: float = 1e-3  # peak learning rate
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd = warm-up, stable, then linear decay
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd = warm-up, stable, decay
     warmup_steps: int = 0  # linear warm-up
     min_lr_ratio: float = 0.1  # where cosine, linear and wsd end, as a fraction of lr
     decay_fraction: float = 0.2  # wsd: the last part of the run, in which lr decays
@@ -75,15 +75,16 @@ class TrainConfig(ModelConfig):
     prompts: tuple[str, ...] = ()  # continued at each evaluation
     sample_tokens: int = 40  # length of those samples, drawn with temperature 0.8, top_k 50
     log_interval: int = 10  # steps between rows of metrics.jsonl
-    save_minutes: float = 5.0  # between saves of last.pt, which each evaluation and the end also save; 0 = each step
+    save_minutes: float = 5.0  # between saves of last.pt; evaluations save it too; 0 = each step
 
     def problems(self) -> list[str]:
         out = super().problems()
         for key in ("batch_size", "log_interval"):
             if getattr(self, key) < 1:
                 out.append(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("micro_batch_size", "epochs", "max_steps", "max_minutes", "warmup_steps", "eval_interval", "patience",
-                    "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip", "lr", "seed"):
+        for key in ("micro_batch_size", "epochs", "max_steps", "max_minutes", "warmup_steps", "eval_interval",
+                    "patience", "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip",
+                    "lr", "seed"):
             if not 0 <= getattr(self, key) < math.inf:
                 out.append(f"{key} must be a number that is not negative, got {getattr(self, key)}")
         for key, top in (("min_lr_ratio", 1), ("decay_fraction", 1), ("beta1", 1), ("beta2", 1)):
@@ -92,7 +93,8 @@ class TrainConfig(ModelConfig):
         if not self.epochs and not self.max_steps:
             out.append("the run has no end: set epochs or max_steps (max_minutes only ends a session)")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            out.append(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
+            out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
+                       f"batch_size={self.batch_size}")
         if any(n < 1 for n in self.eval_lens):
             out.append(f"eval_lens must be positive, got {self.eval_lens}")
         if self.pos == "learned" and any(n > self.max_seq_len for n in self.eval_lens):
@@ -104,8 +106,9 @@ class TrainConfig(ModelConfig):
 
 
 # A continued run may differ in these: where and how fast it computes and what it prints, not what it learns.
-MAY_CHANGE = {"name", "out_dir", "data", "overwrite", "dry_run", "device", "dtype", "compile", "micro_batch_size", "max_minutes",
-              "eval_lens", "prompts", "sample_tokens", "log_interval", "save_minutes"}
+MAY_CHANGE = {"name", "out_dir", "data", "overwrite", "dry_run", "device", "dtype", "compile",
+              "micro_batch_size", "max_minutes", "eval_lens", "prompts", "sample_tokens", "log_interval",
+              "save_minutes"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -140,17 +143,17 @@ def make_plan(cfg: TrainConfig, world: int, per_epoch: int) -> Plan:
 
 def describe(cfg: TrainConfig, plan: Plan, model: LM, dist, dtype: str, why: str) -> str:
     """The plan in equations; without data (dry_run only) what can be said without."""
-    n, seq = model.count_parameters(), cfg.max_seq_len
+    n, seq, name = model.count_parameters(), cfg.max_seq_len, distributed.device_name(dist.device)
     epoch, total, flops = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq, model.flops_per_token(seq)
-    many = "es" * (plan.world > 1)
+    many, memory = "es" * (plan.world > 1), estimate_memory(cfg, plan, model, dtype)
     lines = [
-        f"device      {distributed.device_name(dist.device)}; {dtype}: {why}" + ("; compiled" if cfg.compile else ""),
+        f"device      {name}; {dtype}: {why}" + ("; compiled" if cfg.compile else ""),
         f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings)",
         f"batch       {plan.world} process{many} x {plan.accumulation} accumulated x {plan.micro} = "
         f"{cfg.batch_size} sequences; x {seq} = {cfg.batch_size * seq:,} tokens a step",
-        f"memory      about {estimate_memory(cfg, plan, model, dtype) / 1e9:.1f} GB: weights, gradients, optimiser, "
-        "activations, logits",
-        f"cost        {flops / 1e6:.1f} MFLOPs per token" + (f", {flops * total:.2e} for the run" if epoch else "")]
+        f"memory      about {memory / 1e9:.1f} GB: weights, gradients, optimiser, activations, logits",
+        f"cost        {flops / 1e6:.1f} MFLOPs per token"
+        + (f", {flops * total:.2e} FLOPs for the run" if epoch else "")]
     if not epoch:
         return "\n".join([*lines, f"epoch       not known: no tokens in {cfg.data} yet"])
     return "\n".join([
@@ -180,7 +183,8 @@ def make_optimizer(cfg: TrainConfig, model: LM):
     """Matrices and embeddings decay, biases and norms do not. Each parameter is in exactly one group."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    assert len({id(p) for p in decay + rest}) == len(decay + rest) == len(list(model.parameters())), "parameter groups overlap"
+    assert {id(p) for p in decay + rest} == {id(p) for p in model.parameters()}, "a parameter is in no group"
+    assert len({id(p) for p in decay + rest}) == len(decay + rest), "a parameter is in two groups"
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     groups = [g for g in groups if g["params"]]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
@@ -210,7 +214,7 @@ def lr_at(step: int, cfg: TrainConfig, steps: int) -> float:
 
 
 @torch.inference_mode()
-def evaluate(model: LM, tokens, split: dict, seq_len: int, batch_size: int, dist, dtype: str, stop) -> dict | None:
+def evaluate(model: LM, tokens, split: dict, seq_len: int, batch_size: int, dist, dtype: str, stop):
     """Loss (nats per token), perplexity, bits per byte and word perplexity over a whole split, or None if
     stopped halfway.
 
@@ -220,8 +224,9 @@ def evaluate(model: LM, tokens, split: dict, seq_len: int, batch_size: int, dist
     """
     model.eval()
     nats, count = 0.0, 0
-    for x, y in tqdm(data.eval_batches(tokens, seq_len, batch_size, dist.rank, dist.world, dist.device), leave=False, delay=5,
-                     total=math.ceil(len(tokens) / seq_len / batch_size / dist.world), desc="evaluating",
+    batches = data.eval_batches(tokens, seq_len, batch_size, dist.rank, dist.world, dist.device)
+    total = math.ceil(len(tokens) / seq_len / batch_size / dist.world)
+    for x, y in tqdm(batches, total=total, desc="evaluating", leave=False, delay=5,
                      disable=not dist.is_main or not sys.stderr.isatty()):
         with distributed.autocast(dtype, dist.device):
             loss, _ = model(x, y)
@@ -245,9 +250,9 @@ def sample_prompts(model: LM, tok, cfg: TrainConfig, device) -> dict[str, str]:
     texts = {}
     for prompt in cfg.prompts:
         ids = torch.tensor([[tok.eot, *tok.encode(prompt)]], device=device)  # (1, T)
-        room = cfg.sample_tokens if cfg.pos != "learned" else min(cfg.sample_tokens, cfg.max_seq_len - ids.size(1))
-        new = model.generate(ids, room, temperature=0.8, top_k=50, stop_tokens=[tok.eot],
-                             generator=torch.Generator(device).manual_seed(cfg.seed))
+        room = cfg.max_seq_len - ids.size(1) if cfg.pos == "learned" else cfg.sample_tokens
+        new = model.generate(ids, min(cfg.sample_tokens, room), temperature=0.8, top_k=50,
+                             stop_tokens=[tok.eot], generator=torch.Generator(device).manual_seed(cfg.seed))
         texts[prompt] = tok.decode([i for i in (int(t) for t in new) if i != tok.eot])
     model.train()
     return texts
@@ -255,25 +260,6 @@ def sample_prompts(model: LM, tok, cfg: TrainConfig, device) -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Starting, saving, continuing
-
-
-class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to finish its step, save and exit; a second Ctrl-C exits at once."""
-
-    requested = False
-
-    def __enter__(self):
-        self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def handle(self, number, frame):
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -303,6 +289,8 @@ class Job:
     val_tokens: object
     plan: Plan
     model: LM
+    flops_per_token: float
+    peak_flops: float  # of all devices together, 0 where not known
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
     progress: Progress | None = None
@@ -312,8 +300,9 @@ class Job:
         if self.log:
             checkpoint.save(self.log.path(name), {
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(), "progress": asdict(self.progress), "config": asdict(self.cfg),
-                "tokenizer": self.meta["tokenizer"], "data_sha256": self.meta["splits"]["train"]["sha256"]})
+                "scaler": self.scaler.state_dict(), "progress": asdict(self.progress),
+                "config": asdict(self.cfg), "tokenizer": self.meta["tokenizer"],
+                "data_sha256": self.meta["splits"]["train"]["sha256"]})
 
 
 def load_job(cfg: TrainConfig, dist) -> Job:
@@ -324,7 +313,8 @@ def load_job(cfg: TrainConfig, dist) -> Job:
     else:
         meta, tok = data.read_meta(cfg.data), tokenizer.load(cfg.data)
         if 0 < cfg.vocab_size < tok.vocab_size:
-            raise UserError(f"vocab_size={cfg.vocab_size}, but the tokenizer of {cfg.data} has {tok.vocab_size} ids")
+            raise UserError(f"vocab_size={cfg.vocab_size}, but the tokenizer of {cfg.data} has "
+                            f"{tok.vocab_size} ids")
         cfg = replace(cfg, vocab_size=cfg.vocab_size or tok.vocab_size, n_tokens=tok.vocab_size)
         train_tokens, val_tokens = (data.open_tokens(cfg.data, split, meta) for split in ("train", "val"))
         if cfg.train_tokens > len(train_tokens):
@@ -335,7 +325,9 @@ def load_job(cfg: TrainConfig, dist) -> Job:
     model = LM(cfg).to(dist.device)
     if dist.is_main:
         say(describe(cfg, plan, model, dist, dtype, why))
-    return Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, model)
+    return Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, model,
+               flops_per_token=model.flops_per_token(cfg.max_seq_len),
+               peak_flops=distributed.peak_flops(dist.device, dtype) * dist.world)
 
 
 def begin_or_continue(job: Job) -> None:
@@ -359,8 +351,8 @@ def begin_or_continue(job: Job) -> None:
     if job.log:
         job.log.begin(job.progress.step if saved else None)
         job.tok.save(folder)  # a run folder is enough to sample from
-        ended = f", {job.progress.ended}" if job.progress.ended else ""
-        say(f"{'continuing' if saved else 'starting'}    {folder} at step {job.progress.step:,} of {job.plan.steps:,}{ended}")
+        say(f"{'continuing' if saved else 'starting':<11} {folder} at step {job.progress.step:,} of "
+            f"{job.plan.steps:,}" + (f", {job.progress.ended}" if job.progress.ended else ""))
     job.progress.sessions += 1
 
 
@@ -370,34 +362,38 @@ def load_existing(cfg: TrainConfig, folder: str, meta: dict) -> dict | None:
     last, best = os.path.join(folder, "last.pt"), os.path.join(folder, "best.pt")
     if not os.path.exists(last):
         if os.path.exists(best):
-            raise CheckpointError(f"{folder} has best.pt but no last.pt; go on from it with:  cp {best} {last}\n"
-                                  "or start anew with --overwrite, or beside it with another --name")
+            raise CheckpointError(f"{folder} has best.pt but no last.pt; go on from it with:  "
+                                  f"cp {best} {last}\nor start anew with --overwrite, or use another --name")
         return None
-    saved = checkpoint.load(last, keys=("model", "optimizer", "scaler", "progress", "config", "tokenizer", "data_sha256"))
+    saved = checkpoint.load(last, keys=("model", "optimizer", "scaler", "progress", "config", "tokenizer",
+                                        "data_sha256"))
     check_tokenizer(saved, meta, folder, cfg.data)
     differences = checkpoint.config_differences(saved["config"], asdict(cfg), MAY_CHANGE)
     if saved["data_sha256"] != meta["splits"]["train"]["sha256"]:
         differences.append(f"data: the training tokens in {cfg.data} are not those the run began with")
     if differences:
-        raise UserError(f"{folder} holds a run with another configuration (at step {saved['progress']['step']:,}):\n  "
-                        + "\n  ".join(differences)
-                        + "\nstart beside it with --name=OTHER, throw it away with --overwrite, or train its weights further "
-                        f"in a new run with --init_from={folder} --name=OTHER")
+        raise UserError(f"{folder} holds a run with another configuration (at step "
+                        f"{saved['progress']['step']:,}):\n  " + "\n  ".join(differences)
+                        + "\nstart beside it with --name=OTHER, throw it away with --overwrite, or train its "
+                        f"weights further in a new run with --init_from={folder} --name=OTHER")
     return saved
 
 
 def check_tokenizer(saved: dict, meta: dict, path: str, folder: str) -> None:
     ours, theirs = meta["tokenizer"], saved["tokenizer"]
     if ours["fingerprint"] != theirs["fingerprint"]:
-        raise UserError(f"{path} was trained with the tokenizer {theirs['name']} ({theirs['fingerprint'][:12]}), but {folder} "
-                        f"is tokenised with {ours['name']} ({ours['fingerprint'][:12]}): the same ids mean other text\n"
-                        f"make the data with the model's tokenizer:  python prepare_data.py ... --tokenizer_from={path}")
+        raise UserError(f"{path} was trained with the tokenizer {theirs['name']} "
+                        f"({theirs['fingerprint'][:12]}), but {folder} is tokenised with {ours['name']} "
+                        f"({ours['fingerprint'][:12]}): the same ids mean other text\n"
+                        "make the data with the model's tokenizer:  "
+                        f"python prepare_data.py ... --tokenizer_from={path}")
 
 
 def resume_command() -> str:
     args = [a for a in sys.argv if not a.startswith("--overwrite")]
     world = os.environ.get("WORLD_SIZE")
-    return shlex.join((["torchrun", "--standalone", f"--nproc_per_node={world}"] if world else ["python"]) + args)
+    start = ["torchrun", "--standalone", f"--nproc_per_node={world}"] if world else ["python"]
+    return shlex.join(start + args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -406,7 +402,7 @@ def resume_command() -> str:
 
 def main(cfg: TrainConfig) -> dict:
     """Train, or continue, or plan. Returns the summary, which is the ledger row of a run that ended."""
-    dist = distributed.setup(cfg.device)
+    dist, job = distributed.setup(cfg.device), None
     try:
         job = load_job(cfg, dist)
         if cfg.dry_run:
@@ -416,6 +412,8 @@ def main(cfg: TrainConfig) -> dict:
             train(job, stop)
         return finish(job)
     finally:
+        if job and job.log:
+            job.log.close()
         dist.close()
 
 
@@ -423,13 +421,13 @@ def train(job: Job, stop: StopRequest) -> None:
     cfg, dist, plan, progress, model = job.cfg, job.dist, job.plan, job.progress, job.model
     net = torch.compile(model) if cfg.compile else model
     if dist.grouped:
-        net = DistributedDataParallel(net, device_ids=[dist.device.index] if dist.device.type == "cuda" else None)
+        own = [dist.device.index] if dist.device.type == "cuda" else None
+        net = DistributedDataParallel(net, device_ids=own)
     deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else math.inf
     saved_at = said_at = time.monotonic()
     stopping, speed, terminal = False, 0.0, sys.stderr.isatty()
-    bar = tqdm(
-        total=plan.steps, initial=progress.step, unit="step", disable=not dist.is_main or not terminal, dynamic_ncols=True
-    )
+    bar = tqdm(total=plan.steps, initial=progress.step, unit="step", dynamic_ncols=True,
+               disable=not dist.is_main or not terminal)
 
     while not progress.ended and not stopping:
         # an evaluation that is due (in a continued run: that a stop cut short)
@@ -445,7 +443,7 @@ def train(job: Job, stop: StopRequest) -> None:
             group["lr"] = lr
         loss, norm = gradients(job, net)
         wants_to_stop = stop.requested or time.monotonic() > deadline
-        loss, stopping = dist.sum(loss / dist.world, float(wants_to_stop))  # all processes stop at the same step
+        loss, stopping = dist.sum(loss / dist.world, float(wants_to_stop))  # all stop at the same step
         if not math.isfinite(loss) or not (job.scaler.is_enabled() or math.isfinite(norm)):
             raise_not_finite(job, loss, norm, lr)
         job.scaler.step(job.optimizer)
@@ -460,13 +458,14 @@ def train(job: Job, stop: StopRequest) -> None:
         # what people and programs read
         if job.log:
             if progress.step % cfg.log_interval == 0 or progress.step == plan.steps:
-                job.log.metrics(step=progress.step, tokens=progress.step * cfg.batch_size * cfg.max_seq_len, train_loss=loss,
-                                lr=lr, grad_norm=norm if math.isfinite(norm) else None, seconds=round(progress.seconds, 3))
+                job.log.metrics(step=progress.step, tokens=progress.step * cfg.batch_size * cfg.max_seq_len,
+                                train_loss=loss, lr=lr, grad_norm=norm if math.isfinite(norm) else None,
+                                seconds=round(progress.seconds, 3))
             epoch = progress.step * cfg.batch_size / plan.per_epoch
             text = f"epoch {epoch:.2f}, loss {loss:.3f}, lr {lr:.1e}, {speed_text(job, speed)}"
             bar.set_postfix_str(text, refresh=False)
             bar.update()
-            if not terminal and time.monotonic() - said_at > 60:  # a log file gets a line a minute in place of the bar
+            if not terminal and time.monotonic() - said_at > 60:  # a line a minute in a log file
                 left = (plan.steps - progress.step) / speed / 60
                 say(f"step {progress.step:>7,}  {text}, {left:.0f} minutes left")
                 said_at = time.monotonic()
@@ -507,11 +506,13 @@ def gradients(job: Job, net) -> tuple[float, float]:
 def raise_not_finite(job: Job, loss: float, norm: float, lr: float) -> None:
     folder = os.path.join(job.cfg.out_dir, job.cfg.name)
     saved = os.path.join(folder, "last.pt")
-    back = (f"the last save in {folder} is from before it; go on from there in a new run with:  --init_from={saved} "
-            f"--name={job.cfg.name}_lower --lr={job.cfg.lr / 3:.1e}") if os.path.exists(saved) else \
-        f"nothing was saved yet; try:  --lr={job.cfg.lr / 3:.1e} --warmup_steps=100 --overwrite"
-    raise UserError(f"not finite at step {job.progress.step + 1:,}: loss {loss}, gradient norm {norm}, learning rate {lr:.3e}; "
-                    f"stopped before the update\n{back}")
+    if os.path.exists(saved):
+        back = (f"the last save is from before it; go on from there in a new run with:  --init_from={saved} "
+                f"--name={job.cfg.name}_lower --lr={job.cfg.lr / 3:.1e}")
+    else:
+        back = f"nothing was saved yet; try:  --lr={job.cfg.lr / 3:.1e} --warmup_steps=100"
+    raise UserError(f"not finite at step {job.progress.step + 1:,}: loss {loss}, gradient norm {norm}, "
+                    f"learning rate {lr:.3e}; stopped before the update\n{back}")
 
 
 def evaluate_and_save(job: Job, stop: StopRequest, speed: float) -> bool:
@@ -520,8 +521,8 @@ def evaluate_and_save(job: Job, stop: StopRequest, speed: float) -> bool:
     cfg, progress, results = job.cfg, job.progress, {}
     for length in dict.fromkeys((cfg.max_seq_len, *cfg.eval_lens)):
         batch_size = max(1, job.plan.micro * cfg.max_seq_len // length)
-        results[length] = evaluate(job.model, job.val_tokens, job.meta["splits"]["val"], length, batch_size, job.dist,
-                                   job.dtype, stop)
+        results[length] = evaluate(job.model, job.val_tokens, job.meta["splits"]["val"], length, batch_size,
+                                   job.dist, job.dtype, stop)
         if results[length] is None:
             job.save("last.pt")
             return False
@@ -544,16 +545,15 @@ def evaluate_and_save(job: Job, stop: StopRequest, speed: float) -> bool:
     return True
 
 
-def report(job: Job, result: dict, losses: dict, train_loss: float, better: bool, samples: dict, speed: float) -> None:
+def report(job: Job, result: dict, losses: dict, train_loss: float, better: bool, samples: dict, speed):
     cfg, step = job.cfg, result["step"]
     tokens, epoch = step * cfg.batch_size * cfg.max_seq_len, step * cfg.batch_size / job.plan.per_epoch
+    by_length = {"val_loss_by_length": {str(n): v for n, v in losses.items()}} if cfg.eval_lens else {}
     job.log.metrics(step=step, tokens=tokens, epoch=epoch, mean_train_loss=train_loss,
-                    **{f"val_{k}": v for k, v in result.items() if k != "step"},
-                    val_loss_by_length={str(n): v for n, v in losses.items()} if cfg.eval_lens else {}, samples=samples,
+                    **{f"val_{k}": v for k, v in result.items() if k != "step"}, **by_length, samples=samples,
                     seconds=round(job.progress.seconds, 3))
-    say(f"step {step:>7,}  epoch {epoch:6.2f} | train {train_loss:.4f} | val {result['loss']:.4f}, perplexity "
-        f"{result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits/byte, word perplexity "
-        f"{result['word_perplexity']:.1f}{' *' if better else '  '} | {speed_text(job, speed)}")
+    say(f"step {step:>7,}  epoch {epoch:6.2f} | train {train_loss:.4f} | val {result['loss']:.4f}"
+        f"{'*' if better else ' '} {measures(result)} | {speed_text(job, speed)}")
     if cfg.eval_lens:
         say("              loss by context length: " + ", ".join(f"{n}: {v:.4f}" for n, v in losses.items()))
     for prompt, text in samples.items():  # on one line here; as it is in samples.txt
@@ -564,35 +564,40 @@ def report(job: Job, result: dict, losses: dict, train_loss: float, better: bool
 def speed_text(job: Job, speed: float) -> str:
     """tokens/s, MFU where the machine's peak is known, and peak memory, from steps per second."""
     tokens = speed * job.cfg.batch_size * job.cfg.max_seq_len
-    peak = distributed.peak_flops(job.dist.device, job.dtype) * job.plan.world
-    mfu = f", MFU {job.model.flops_per_token(job.cfg.max_seq_len) * tokens / peak:.0%}" if peak else ""
+    mfu = f", MFU {job.flops_per_token * tokens / job.peak_flops:.0%}" if job.peak_flops else ""
     return f"{tokens:,.0f} tok/s{mfu}, {distributed.peak_memory(job.dist.device):.2f} GB"
+
+
+def measures(result: dict) -> str:
+    return (f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits/byte, "
+            f"word perplexity {result['word_perplexity']:.1f}")
 
 
 def finish(job: Job) -> dict:
     """The run's summary; printed, and appended to the ledger if the run has ended."""
-    cfg, progress, n = job.cfg, job.progress, job.model.count_parameters()
+    cfg, progress, n, plan = job.cfg, job.progress, job.model.count_parameters(), job.plan
     tokens = progress.step * cfg.batch_size * cfg.max_seq_len
-    summary = {"run_id": progress.run_id, "script": "train", "name": cfg.name, "status": progress.ended or "stopped",
-               "steps": progress.step, "tokens": tokens, "epochs": progress.step * cfg.batch_size / job.plan.per_epoch,
-               "parameters": n["total"], "parameters_non_embedding": n["non_embedding"], "tokens_per_parameter": tokens / n["total"],
-               **{f"best_val_{k}": v for k, v in progress.best.items()}, "seconds": progress.seconds,
-               "sessions": progress.sessions, "tokens_per_second": tokens / max(progress.seconds, 1e-9),
-               "peak_memory_gb": distributed.peak_memory(job.dist.device), "device": distributed.device_name(job.dist.device),
-               "dtype": job.dtype, "world": job.plan.world, "seed": cfg.seed, "git": git_commit(),
-               "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "config": asdict(cfg)}
-    if not job.log:
-        return summary
-    folder = job.log.folder
-    if not progress.ended:
-        say(f"stopped at step {progress.step:,} of {job.plan.steps:,} and saved in {folder}; go on with:  {resume_command()}")
-        return summary
-    job.log.ledger(summary)
-    best = progress.best
-    say(f"{progress.ended} after {progress.step:,} steps, {tokens:,} tokens, {progress.seconds / 60:.1f} minutes of training "
-        f"({summary['tokens_per_second']:,.0f} tok/s)\nbest validation at step {best['step']:,}: loss {best['loss']:.4f}, "
-        f"perplexity {best['perplexity']:.2f}, {best['bits_per_byte']:.3f} bits/byte, word perplexity "
-        f"{best['word_perplexity']:.1f}\n{folder}: best.pt, last.pt, metrics.jsonl, loss.png; try:  python sample.py {folder}")
+    summary = {
+        "run_id": progress.run_id, "script": "train", "name": cfg.name, "status": progress.ended or "stopped",
+        "steps": progress.step, "tokens": tokens, "epochs": progress.step * cfg.batch_size / plan.per_epoch,
+        "parameters": n["total"], "parameters_non_embedding": n["non_embedding"],
+        "tokens_per_parameter": tokens / n["total"], **{f"best_val_{k}": v for k, v in progress.best.items()},
+        "seconds": progress.seconds, "sessions": progress.sessions,
+        "tokens_per_second": tokens / max(progress.seconds, 1e-9),
+        "peak_memory_gb": distributed.peak_memory(job.dist.device),
+        "device": distributed.device_name(job.dist.device), "dtype": job.dtype, "world": plan.world,
+        "seed": cfg.seed, "git": git_commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "config": asdict(cfg)}
+    if job.log and progress.ended:
+        job.log.ledger(summary)
+        say(f"{progress.ended}: {progress.step:,} steps, {tokens:,} tokens, "
+            f"{progress.seconds / 60:.1f} minutes of training, {summary['tokens_per_second']:,.0f} tok/s\n"
+            f"best at step {progress.best['step']:,}: validation loss {progress.best['loss']:.4f}, "
+            f"{measures(progress.best)}\nin {job.log.folder}: best.pt, last.pt, metrics.jsonl, loss.png; "
+            f"look at it with:  python sample.py {job.log.folder}")
+    elif job.log:
+        say(f"stopped at step {progress.step:,} of {plan.steps:,} and saved in {job.log.folder}; "
+            f"go on with:  {resume_command()}")
     return summary
 
 

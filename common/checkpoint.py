@@ -63,7 +63,8 @@ def load(path: str, keys=("model", "config"), map_location="cpu") -> dict:
     missing = [k for k in keys if not isinstance(state, dict) or k not in state]
     if missing:
         has = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path} is not a nanoMem checkpoint: no {', '.join(missing)} in it (it has: {has})")
+        raise CheckpointError(f"{path} is not a nanoMem checkpoint: no {', '.join(missing)} in it "
+                              f"(it has: {has})")
     return state
 
 

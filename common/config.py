@@ -28,7 +28,8 @@ class UserError(Exception):
 class ConfigError(UserError):
     def __init__(self, problems: list[str]):
         self.problems = problems
-        super().__init__(f"{len(problems)} problem{'s' * (len(problems) > 1)} in the configuration, nothing was run\n"
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        super().__init__(f"{count} in the configuration, nothing was run\n"
                          + "\n".join(f"  - {p}" for p in problems))
 
 
@@ -122,7 +123,8 @@ def from_file(path: str, kinds: dict[str, type], problems: list[str]) -> dict:
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
-        frames = [f for f in traceback.extract_tb(e.__traceback__) if f.filename.endswith(os.path.basename(path))]
+        frames = [f for f in traceback.extract_tb(e.__traceback__)
+                  if f.filename.endswith(os.path.basename(path))]
         line = f":{frames[-1].lineno}" if frames else f":{getattr(e, 'lineno', None) or '?'}"
         problems.append(f"{path}{line}: {type(e).__name__}: {e}")
         return {}

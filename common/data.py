@@ -17,8 +17,9 @@ def read_meta(folder: str) -> dict:
     """meta.json of a folder made by prepare_data.py."""
     path = os.path.join(folder, "meta.json")
     if not os.path.exists(path):
+        name = os.path.basename(folder.rstrip("/")) or "shakespeare"
         raise DataError(f"no tokens in {folder} (looked for meta.json, train.bin and val.bin)\n"
-                        f"make them with:  python prepare_data.py {os.path.basename(folder.rstrip('/')) or 'shakespeare'}")
+                        f"make them with:  python prepare_data.py {name}")
     try:
         with open(path) as f:
             meta = json.load(f)
@@ -31,7 +32,8 @@ def read_meta(folder: str) -> dict:
 
 
 def remake(folder: str) -> str:
-    return f"make the folder anew with prepare_data.py --overwrite --name={os.path.basename(folder.rstrip('/'))}"
+    name = os.path.basename(folder.rstrip("/"))
+    return f"make the folder anew with prepare_data.py --overwrite --name={name}"
 
 
 def open_tokens(folder: str, split: str, meta: dict) -> np.ndarray:
@@ -43,12 +45,14 @@ def open_tokens(folder: str, split: str, meta: dict) -> np.ndarray:
     expected, dtype = meta["splits"][split], np.dtype(meta["dtype"])
     size, want = os.path.getsize(path), expected["tokens"] * dtype.itemsize
     if size != want:
-        what = "is empty" if size == 0 else f"has {size:,} bytes, but meta.json says {expected['tokens']:,} {dtype} tokens"
+        said = f"has {size:,} bytes, but meta.json says {expected['tokens']:,} {dtype} tokens"
+        what = said if size else "is empty"
         raise DataError(f"{path} {what} ({want:,} bytes): truncated or another corpus; {remake(folder)}")
     with open(path, "rb") as f:
         head = hashlib.sha256(f.read(2**20)).hexdigest()
     if head != expected.get("head_sha256", head):
-        raise DataError(f"{path} begins with other tokens than meta.json describes: from another corpus; {remake(folder)}")
+        raise DataError(f"{path} begins with other tokens than meta.json describes: from another corpus; "
+                        f"{remake(folder)}")
     tokens = np.memmap(path, dtype=dtype, mode="r")
     top, vocab_size = int(tokens[:2**24].max()), meta["tokenizer"]["vocab_size"]
     if top >= vocab_size:
@@ -99,7 +103,8 @@ def to_device(rows: torch.Tensor, device: torch.device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def eval_batches(tokens: np.ndarray, seq_len: int, batch_size: int, rank: int, world: int, device: torch.device):
+def eval_batches(tokens: np.ndarray, seq_len: int, batch_size: int, rank: int, world: int,
+                 device: torch.device):
     """Inputs and targets that predict every token but the first exactly once, in windows of seq_len; the
     ranks share the windows out. Targets past the end are -1. The caller sums, so no result depends on
     batch_size or world."""

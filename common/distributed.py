@@ -48,7 +48,8 @@ class Dist:
 def setup(device: str = "auto") -> Dist:
     """Pick the device and, where torchrun's variables are set, always join the process group (NCCL on CUDA,
     else gloo)."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (int(os.environ.get(key, default)) for key, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if device == "auto":
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps and world == 1 else "cpu"
@@ -57,9 +58,10 @@ def setup(device: str = "auto") -> Dist:
     if device.startswith("mps") and not torch.backends.mps.is_available():
         raise UserError(f"device={device}, but this torch sees no Apple GPU; use --device=auto")
     if device == "cuda" and "RANK" in os.environ:
-        if local >= torch.cuda.device_count():
-            raise UserError(f"process {local} of this machine has no GPU: torchrun starts more processes than the "
-                            f"{torch.cuda.device_count()} GPUs here; use --nproc_per_node={torch.cuda.device_count()}")
+        gpus = torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(f"process {local} of this machine has no GPU: torchrun starts more processes "
+                            f"than the {gpus} GPUs here; use --nproc_per_node={gpus}")
         device = f"cuda:{local}"
     device = torch.device(device)
     if device.type == "cuda":
@@ -74,7 +76,7 @@ def setup(device: str = "auto") -> Dist:
 def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
     """(fp32, bf16 or fp16; the reason) for dtype=auto; an explicit choice is taken as it is, or refused."""
     if dtype != "auto":
-        if dtype != "fp32" and device.type == "mps" and dtype == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        if dtype == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
             raise UserError("dtype=bf16 on this Mac needs macOS 14 or newer; use --dtype=fp32")
         return dtype, "as asked"
     if device.type == "cuda":
@@ -82,7 +84,8 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
         # a T4 (7.5) claims bf16 and emulates it several times slower
         return ("bf16", f"compute capability {major}.{minor} has it") if major >= 8 else \
                ("fp16", f"compute capability {major}.{minor} has no bf16; gradients are scaled")
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported():
+    if (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and torch.cpu._is_avx512_bf16_supported()):
         return "bf16", "this CPU has AVX512-BF16"
     return "fp32", f"no fast 16-bit arithmetic known for {device.type}"
 
@@ -104,7 +107,8 @@ def peak_flops(device: torch.device, dtype: str) -> float:
     if device.type != "cuda" or dtype == "fp32":
         return 0.0
     name = torch.cuda.get_device_name(device)
-    return next((f for key, f in PEAK_FLOPS.items() if name.endswith(key) or key + " " in name or key + "-" in name), 0.0)
+    return next((flops for key, flops in PEAK_FLOPS.items()
+                 if name.endswith(key) or key + " " in name or key + "-" in name), 0.0)
 
 
 def device_name(device: torch.device) -> str:

@@ -15,14 +15,18 @@ class RunLog:
     def __init__(self, folder: str):
         os.makedirs(folder, exist_ok=True)
         self.folder = folder
-        self.lock = open(os.path.join(folder, "lock"), "w")  # the system frees it when the process ends, however it ends
+        self.lock = open(os.path.join(folder, "lock"), "w")  # freed by the system however the process ends
         try:
             import fcntl  # not on Windows
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
             pass
         except OSError:
-            raise UserError(f"another process is training in {folder}; wait for it, or use another --name") from None
+            raise UserError(f"another process is training in {folder}; "
+                            "wait for it, or use another --name") from None
+
+    def close(self) -> None:
+        self.lock.close()
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -36,15 +40,19 @@ class RunLog:
                     os.remove(self.path(name))
             return
         rows = [r for r in read_jsonl(self.path("metrics.jsonl")) if r["step"] <= step]
-        write_atomically(self.path("metrics.jsonl"), lambda f: f.write("".join(json.dumps(r) + "\n" for r in rows).encode()))
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+        write_atomically(self.path("metrics.jsonl"), lambda f: f.write(text.encode()))
 
     def metrics(self, **row) -> None:
         append_line(self.path("metrics.jsonl"), json.dumps(row))
 
     def ledger(self, row: dict) -> None:
         """Append the run's line to ledger.jsonl beside the run folders, once per run id."""
-        path = os.path.join(os.path.dirname(self.folder), "ledger.jsonl")
-        if all(r.get("run_id") != row["run_id"] for r in read_jsonl(path)):
+        path, known = os.path.join(os.path.dirname(self.folder), "ledger.jsonl"), ""
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as f:
+                known = f.read()
+        if f'"run_id": "{row["run_id"]}"' not in known:
             append_line(path, json.dumps(row))
 
     def draw(self, title: str) -> None:
@@ -53,24 +61,28 @@ class RunLog:
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from matplotlib.ticker import EngFormatter
         rows = read_jsonl(self.path("metrics.jsonl"))
         train = [(r["tokens"], r["train_loss"]) for r in rows if "train_loss" in r]
         val = [(r["tokens"], r["val_loss"]) for r in rows if "val_loss" in r]
         samples = [f"=== step {r['step']:,}, validation loss {r['val_loss']:.4f}\n"
-                   + "".join(f"{prompt}|{text}\n" for prompt, text in r["samples"].items()) for r in rows if r.get("samples")]
+                   + "".join(f"{prompt}|{text}\n" for prompt, text in r["samples"].items())
+                   for r in rows if r.get("samples")]
         write_atomically(self.path("samples.txt"), lambda f: f.write("\n".join(samples).encode()))
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         if train:
-            tokens, losses = zip(*train)
-            smooth, weight = [], 0.0
-            for loss in losses:  # an exponential mean over about the last 5 % of the points
-                weight = 1 - 1 / min(len(smooth) + 1, max(1, len(losses) // 20))
-                smooth.append(weight * smooth[-1] + (1 - weight) * loss if smooth else loss)
+            tokens, losses = zip(*train, strict=True)
+            half = len(losses) // 40  # the mean of the 5 % of points around each
+            windows = [losses[max(0, i - half):i + half + 1] for i in range(len(losses))]
+            smooth = [sum(w) / len(w) for w in windows]
             axes.plot(tokens, losses, color="C0", alpha=0.25, linewidth=0.8)
             axes.plot(tokens, smooth, color="C0", label="train")
         if val:
-            axes.plot(*zip(*val), "o-", color="C1", markersize=3, label=f"validation (best {min(v for _, v in val):.3f})")
+            tokens, losses = zip(*val, strict=True)
+            label = f"validation (best {min(losses):.3f})"
+            axes.plot(tokens, losses, "o-", color="C1", markersize=3, label=label)
         axes.set(xlabel="tokens seen", ylabel="loss, nats per token", title=title)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M, not 1.5 and a lonely 1e6
         axes.grid(alpha=0.3)
         if train or val:
             axes.legend()
@@ -80,8 +92,11 @@ class RunLog:
 
 
 def append_line(path: str, line: str) -> None:
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(line + "\n")
+    with open(path, "ab+") as f:
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            line = line if f.read(1) == b"\n" else "\n" + line  # after a line that a kill cut short
+        f.write((line + "\n").encode())
 
 
 def read_jsonl(path: str) -> list[dict]:
@@ -96,7 +111,8 @@ def read_jsonl(path: str) -> list[dict]:
             rows += [json.loads(line)] if line else []
         except ValueError:
             if i < len(lines) - 1:
-                raise UserError(f"{path}:{i + 1} is not JSON: {line[:60]!r}; mend or remove that line") from None
+                raise UserError(f"{path}:{i + 1} is not JSON: {line[:60]!r}; "
+                                "mend or remove that line") from None
     return rows
 
 

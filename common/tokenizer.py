@@ -9,7 +9,6 @@
 Whatever the kind, `save` writes one self-contained tokenizer.json, so a data or run folder can go anywhere.
 """
 import base64
-import codecs
 import hashlib
 import importlib
 import itertools
@@ -39,7 +38,9 @@ def need(module: str):
                         f"install it with:  pip install {module.partition('.')[0]}") from None
 
 
-# ---- The kinds -----------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The kinds
+
 
 class Tokenizer:
     """ids are 0 .. vocab_size - 1; `eot` is the id that stands before every document.
@@ -141,11 +142,11 @@ class HuggingFace(Tokenizer):
         self.library.encode_special_tokens = True  # special tokens in the text are text
         vocab = self.library.get_vocab(with_added_tokens=True)
         super().__init__(name, content, eot, max(vocab.values()) + 1)
-        self.pieces = None  # the bytes of each id, when they do not depend on neighbours
+        self.bytes_of = None  # each id, when its bytes do not depend on neighbours
         if (content.get("decoder") or {}).get("type") == "ByteLevel":
             byte_of, added = byte_alphabet(), {t["id"] for t in content.get("added_tokens", [])}
-            self.pieces = {i: token.encode() if i in added else bytes(byte_of[c] for c in token)
-                           for token, i in vocab.items()}
+            self.bytes_of = {i: token.encode() if i in added else bytes(byte_of[c] for c in token)
+                             for token, i in vocab.items()}
 
     def encode_batch(self, texts, threads=0):
         found = self.library.encode_batch_fast(texts, add_special_tokens=False)
@@ -155,7 +156,7 @@ class HuggingFace(Tokenizer):
         return self.library.decode(ids, skip_special_tokens=False)
 
     def token_bytes(self, i):
-        return None if self.pieces is None else self.pieces.get(i, b"")
+        return None if self.bytes_of is None else self.bytes_of.get(i, b"")
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -165,19 +166,21 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
 
 
-# ---- Making and loading --------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Making and loading
+
 
 def open_tokenizer(spec: str, train_texts=None) -> Tokenizer:
     """The tokenizer that a --tokenizer string names; `train_texts`, an iterator of strings, is read by bpe:N
     and words:N only. UserError if the string, the file or the network is at fault."""
     kind, _, rest = spec.partition(":")
     if kind in ("bpe", "words") and rest.isdecimal():
-        least = 257 if kind == "bpe" else 3
+        train, least = (train_bpe, 257) if kind == "bpe" else (train_words, 3)
         if int(rest) < least:
             raise UserError(f"--tokenizer={spec}: {kind} needs at least {least} ids")
         if train_texts is None:
             raise UserError(f"--tokenizer={spec} is trained on text, and there is none here")
-        return (train_bpe if kind == "bpe" else train_words)(train_texts, int(rest))
+        return train(train_texts, int(rest))
     if spec == "bytes":
         return Bytes()
     if kind == "gpt2" and (rest or spec == "gpt2"):
@@ -191,36 +194,31 @@ def rank_bpe(name: str, tokens: list[bytes]) -> RankBPE:
     return RankBPE(name, [base64.b64encode(t).decode() for t in tokens], len(tokens))
 
 
-def gpt2(path: str = "") -> RankBPE:
-    if path:
-        tokens = read_ranks(path)
-        return rank_bpe("gpt2" if len(tokens) == 50256 else f"gpt2:{os.path.basename(path)}", tokens)
-    try:
-        ranks = need("tiktoken").get_encoding("gpt2")._mergeable_ranks
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"tiktoken could not download GPT-2's ranks ({type(e).__name__}); without a network, either\n"
-            "  --tokenizer=gpt2:PATH/gpt2.tiktoken  a rank file: whisper/assets/gpt2.tiktoken in what\n"
-            "                                       `pip download --no-deps openai-whisper` fetches\n"
-            "  --tokenizer=bpe:8192                 train one on your text, no download") from None
-    return rank_bpe("gpt2", sorted(ranks, key=ranks.get))
-
-
-def read_ranks(path: str) -> list[bytes]:
-    """The tokens of a .tiktoken file (base64 and rank on each line), in order of rank."""
+def gpt2(path: str) -> RankBPE:
+    """From a .tiktoken file (a base64 token and its rank on each line), or through tiktoken's download."""
+    if not path:
+        try:
+            ranks = need("tiktoken").get_encoding("gpt2")._mergeable_ranks
+        except (OSError, ValueError) as e:
+            raise UserError(
+                f"tiktoken could not download GPT-2's ranks ({type(e).__name__}); without a network, either\n"
+                "  --tokenizer=gpt2:PATH/gpt2.tiktoken  a rank file: whisper/assets/gpt2.tiktoken in what\n"
+                "                                       `pip download --no-deps openai-whisper` fetches\n"
+                "  --tokenizer=bpe:8192                 train one on your text, no download") from None
+        return rank_bpe("gpt2", sorted(ranks, key=ranks.get))
     try:
         with open(path, "rb") as f:
-            lines = [line.split() for line in f if line.strip()]
-        ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}
+            words = f.read().split()
+        pairs = sorted(zip(map(int, words[1::2]), words[::2], strict=True))
+        if [rank for rank, _ in pairs] != list(range(len(pairs))):
+            raise ValueError("ranks have gaps")
+        name = "gpt2" if len(pairs) == 50256 else f"gpt2:{os.path.basename(path)}"
+        return RankBPE(name, [token.decode() for _, token in pairs], len(pairs))
     except OSError as e:
         raise UserError(f"--tokenizer=gpt2:{path}: {e.strerror}") from None
     except ValueError:
-        ranks = {}
-    tokens = set(ranks.values()) | {bytes([b]) for b in range(256)}
-    if sorted(ranks) != list(range(len(lines))) or len(tokens) != len(ranks):
         raise UserError(f"--tokenizer=gpt2:{path} is no rank file: expected a base64 token and its rank a\n"
-                        "line, ranks without gaps, and all 256 single bytes among the tokens")
-    return [ranks[i] for i in range(len(ranks))]
+                        "line, ranks without gaps, and all 256 single bytes among the tokens") from None
 
 
 def train_bpe(texts, vocab_size: int) -> RankBPE:
@@ -238,39 +236,29 @@ def train_bpe(texts, vocab_size: int) -> RankBPE:
 def train_words(texts, vocab_size: int) -> HuggingFace:
     """The most frequent words and runs of punctuation. A literal <unk> is the <unk> id; line ends vanish."""
     lib = need("tokenizers")
-    split = lib.pre_tokenizers.Split(lib.Regex(WORD_PATTERN), behavior="removed", invert=True)
     tok = lib.Tokenizer(lib.models.WordLevel())
-    tok.pre_tokenizer = split
+    tok.pre_tokenizer = lib.pre_tokenizers.Split(lib.Regex(WORD_PATTERN), behavior="removed", invert=True)
     tok.train_from_iterator(texts, lib.trainers.WordLevelTrainer(vocab_size=vocab_size, show_progress=False))
     found = tok.get_vocab()
     words = [w for w in sorted(found, key=found.get) if w != UNK][:vocab_size - 2]
-    vocab = {w: i for i, w in enumerate([UNK, EOT, *words])}
-    tok = lib.Tokenizer(lib.models.WordLevel(vocab, unk_token=UNK))
-    tok.pre_tokenizer = split
-    return HuggingFace(f"words:{vocab_size}", json.loads(tok.to_str()), eot=vocab[EOT])
+    tok.model = lib.models.WordLevel({w: i for i, w in enumerate([UNK, EOT, *words])}, unk_token=UNK)
+    return HuggingFace(f"words:{vocab_size}", json.loads(tok.to_str()), eot=1)
 
 
 def hugging_face(where: str) -> HuggingFace:
     """From a tokenizer.json, a folder that has one, or the hub."""
-    library, config, path = need("tokenizers").Tokenizer, {}, os.path.expanduser(where)
-    path = os.path.join(path, "tokenizer.json") if os.path.isdir(path) else path
+    library, path = need("tokenizers").Tokenizer, os.path.expanduser(where)
+    path = os.path.join(path, FILE) if os.path.isdir(path) else path
     try:
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                content = json.load(f)
-            config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-            if os.path.exists(config_path):
-                with open(config_path, encoding="utf-8") as f:
-                    config = json.load(f)
-        else:
-            content = json.loads(library.from_pretrained(where).to_str())
+        local, config = os.path.exists(path), os.path.join(os.path.dirname(path), "tokenizer_config.json")
+        content = read_json(path) if local else json.loads(library.from_pretrained(where).to_str())
         vocab = library.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
+        eos = read_json(config).get("eos_token") if local and os.path.exists(config) else None
     except Exception as e:  # `tokenizers` raises bare Exceptions
-        what = "is no tokenizer.json of `tokenizers`" if os.path.exists(path) else (
+        what = "is no tokenizer.json of `tokenizers`" if local else (
             "is no file or folder here, and could not be fetched from the Hugging Face hub; "
             "--tokenizer=hf:PATH/tokenizer.json needs no network")
         raise UserError(f"--tokenizer=hf:{where} {what} ({type(e).__name__}: {str(e)[:200]})") from None
-    eos = config.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
     # a chat model's eos ends a turn (<|im_end|>); what stood between pre-training documents comes first
     for token in (EOT, "<|end_of_text|>", eos, "</s>", "<eos>", "[SEP]"):
@@ -280,12 +268,16 @@ def hugging_face(where: str) -> HuggingFace:
                     '"eos_token" into a tokenizer_config.json next to tokenizer.json')
 
 
+def read_json(path: str):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
 def load(folder: str) -> Tokenizer:
     """The tokenizer that `save` left in a data or run folder; UserError if missing, damaged or changed."""
     path = os.path.join(folder, FILE)
     try:
-        with open(path, encoding="utf-8") as f:
-            saved = json.load(f)
+        saved = read_json(path)
         kinds = {c.kind: c for c in (Bytes, RankBPE, HuggingFace)}
         tok = kinds[saved["kind"]](saved["name"], saved["content"], saved["eot"])
         if tok.fingerprint != saved["fingerprint"]:
@@ -298,37 +290,3 @@ def load(folder: str) -> Tokenizer:
     except Exception as e:  # `tokenizers` raises bare Exceptions
         raise UserError(f"{path} is damaged ({type(e).__name__}: {str(e)[:200]})\ncopy it again from where "
                         "it was made, or make the folder anew with prepare_data.py --overwrite") from None
-
-
-# ---- Decoding a stream ---------------------------------------------------------------------------------
-
-class StreamDecoder:
-    """Text as ids arrive: push(id) returns what has become certain, never half a character; flush() the rest.
-    Together they give decode(all ids), in time linear in their number."""
-
-    LONGEST = 8  # ids that may wait for the end of one character; UTF-8 needs at most 4
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.utf8 = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-        self.window, self.told, self.prefix = [], 0, ""  # ids; the text of the first `told` is out: `prefix`
-
-    def push(self, i: int) -> str:
-        data = self.tokenizer.token_bytes(int(i))
-        if data is not None:
-            return self.utf8.decode(data)
-        self.window.append(int(i))
-        text = self.tokenizer.decode(self.window)
-        if text.endswith("\ufffd") and len(self.window) - self.told < self.LONGEST:
-            return ""
-        new = text[len(self.prefix):]
-        # an id's text may depend on the one before (words get a space), so what was just told stays in view
-        self.window = self.window[self.told:]
-        self.told, self.prefix = len(self.window), self.tokenizer.decode(self.window)
-        return new
-
-    def flush(self) -> str:
-        rest = self.utf8.decode(b"", final=True)
-        if self.window:
-            rest += self.tokenizer.decode(self.window)[len(self.prefix):]
-        self.window, self.told, self.prefix = [], 0, ""
-        return rest

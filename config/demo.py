@@ -1,5 +1,5 @@
 # A first success: a small model of Shakespeare in about five minutes on two CPU cores, in seconds on a GPU.
-#   make demo, or:  python prepare_data.py shakespeare && python train.py config/demo.py && python sample.py out/demo
+#   make demo, or:  python prepare_data.py shakespeare && python train.py config/demo.py
 data = "data/shakespeare"
 max_seq_len = 128
 d_model = 128

@@ -1,6 +1,6 @@
 # Question: what does a model of Chinchilla-like size learn from WikiText-2 (2.4M tokens)?
 # Changed: nothing yet, the first rung: 869,153 parameters, most of them embeddings.
-# Documents: validation perplexity 464.64 at epoch 209 of 300 (the learning rate, not the size, held it there).
+# Documents: validation perplexity 464.64 at epoch 209 of 300.
 #   python prepare_data.py wikitext2 && python train.py config/exp1.py
 data = "data/wikitext2"
 vocab_size = 50257

@@ -1,6 +1,6 @@
 # Question: what does width buy?
 # Changed: d_model 128 -> 256: 16,206,673 parameters; lr 4e-4.
-# Documents: validation perplexity 46.33 (stopped at epoch 9 of 15), 7 hours; better words, topics still drift.
+# Documents: validation perplexity 46.33 (stopped at epoch 9 of 15), 7 hours; topics still drift.
 data = "data/wikitext103"
 vocab_size = 50257
 max_seq_len = 512

@@ -1,6 +1,6 @@
 # Question: does the same tiny model get better with all of the text?
 # Changed: all training tokens instead of 50,000.
-# Documents (exp 2, at WikiText scale): 21 % lower perplexity from 50 times the data; capacity is the limit now.
+# Documents (exp 2, at WikiText scale): 21 % lower perplexity; capacity is the limit now.
 data = "data/shakespeare"
 max_seq_len = 128
 d_model = 16

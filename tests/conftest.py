@@ -1,4 +1,4 @@
-"""Small real corpora, made by prepare_data.py from English that every Python ships: the help topics of pydoc."""
+"""Small real corpora, made by prepare_data.py from English that every Python ships: pydoc's help topics."""
 from pydoc_data.topics import topics
 
 import pytest
@@ -40,7 +40,8 @@ def small(corpus, tmp_path):
     """Makes configs of a run of seconds, in fp32 on the CPU."""
     def make(**options) -> TrainConfig:
         return TrainConfig(**{
-            "data": corpus, "out_dir": str(tmp_path / "out"), "name": "run", "device": "cpu", "dtype": "fp32", "d_model": 32,
-            "n_layers": 2, "n_heads": 2, "max_seq_len": 32, "batch_size": 8, "epochs": 0.0, "max_steps": 20,
-            "eval_interval": 10, "log_interval": 1, "lr": 3e-3, "sample_tokens": 8} | options)
+            "data": corpus, "out_dir": str(tmp_path / "out"), "name": "run", "device": "cpu", "dtype": "fp32",
+            "d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 32, "batch_size": 8, "lr": 3e-3,
+            "epochs": 0.0, "max_steps": 20, "eval_interval": 10, "log_interval": 1,
+            "sample_tokens": 8} | options)
     return make

@@ -13,7 +13,8 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     state = {"model": {"w": torch.randn(3, 4)}, "config": {"lr": 1e-3, "lens": [1, 2]}, "step": 7}
     checkpoint.save(str(tmp_path / "last.pt"), state)
     loaded = checkpoint.load(str(tmp_path / "last.pt"))
-    assert torch.equal(loaded["model"]["w"], state["model"]["w"]) and loaded["config"] == state["config"] and loaded["step"] == 7
+    assert torch.equal(loaded["model"]["w"], state["model"]["w"])
+    assert loaded["config"] == state["config"] and loaded["step"] == 7
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
@@ -61,7 +62,8 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, write):
     else:
         with open(path, "wb") as f:
             pickle.dump({"model": {}, "config": bomb}, f)
-    message = {"torch": "was not loaded: a checkpoint is data, never code", "pickle": "is not a whole checkpoint"}[write]
+    message = {"torch": "was not loaded: a checkpoint is data, never code",
+               "pickle": "is not a whole checkpoint"}[write]
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(path)
     assert not os.path.exists(bomb.path)
@@ -72,7 +74,8 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, write):
 
 def test_foreign_and_missing_files(tmp_path):
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "theirs.pt")
-    with pytest.raises(CheckpointError, match=r"not a nanoMem checkpoint: no model, config in it \(it has: state_dict, epoch\)"):
+    message = r"not a nanoMem checkpoint: no model, config in it \(it has: state_dict, epoch\)"
+    with pytest.raises(CheckpointError, match=message):
         checkpoint.load(str(tmp_path / "theirs.pt"))
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(CheckpointError, match=r"it has: Tensor"):

@@ -14,7 +14,8 @@ import sample
 import train
 from common.config import Config, ConfigError, help_text, load, option_types
 
-SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "prepare_data.py": prepare_data.PrepareConfig}
+SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
+           "prepare_data.py": prepare_data.PrepareConfig}
 
 
 @dataclasses.dataclass
@@ -40,10 +41,12 @@ def file(tmp_path, text, name="my.py"):
 
 
 def test_defaults_then_files_then_flags(tmp_path):
-    one, two = file(tmp_path, "width = 6\nrate = 1\nlens = [1, 2]", "one.py"), file(tmp_path, "width = 8", "two.py")
+    one = file(tmp_path, "width = 6\nrate = 1\nlens = [1, 2]", "one.py")
+    two = file(tmp_path, "width = 8", "two.py")
     assert load(Example, []) == Example()
     cfg = load(Example, [one, two, "--rate=2e-3", "--fast", "--kind", "square", "--words=x, y", "--words=z"])
-    assert cfg == Example(width=8, rate=0.002, fast=True, kind="square", lens=(1, 2), words=("x, y", "z"), name="one")
+    assert cfg == Example(width=8, rate=0.002, fast=True, kind="square", lens=(1, 2), words=("x, y", "z"),
+                          name="one")
     assert load(Example, ["--width=1_000", "--lens=1,2,3", "--fast=false", "thing", "other"]) == Example(
         width=1000, lens=(1, 2, 3), things=("thing", "other"))
     assert load(Example, ["--width=1e3", "--rate", "-1"]).rate == -1.0 and isinstance(cfg.rate, float)
@@ -54,7 +57,8 @@ def test_config_files_may_compute_and_import(tmp_path):
     file(tmp_path, "width = 6", "nanomem_base_config.py")
     sys.path.insert(0, str(tmp_path))
     try:
-        path = file(tmp_path, "import math\nfrom nanomem_base_config import *\n_n = 3\ndef f(x):\n    return x\n"
+        path = file(tmp_path, "import math\nfrom nanomem_base_config import *\n_n = 3\n"
+                              "def f(x):\n    return x\n"
                               "lens = tuple(f(2 ** i) for i in range(_n))\nrate = math.sqrt(4) * width")
         assert load(Example, [path]) == Example(width=6, lens=(1, 2, 4), rate=12.0, name="my")
     finally:
@@ -66,18 +70,23 @@ def test_all_problems_at_once_with_the_nearest_names(tmp_path):
     with pytest.raises(ConfigError) as error:
         load(Example, [path, "--fsat", "--width=3.5", "--lens=1,x", "--rate", "no/such.py", "-x"])
     text = str(error.value)
-    for expected in (r"9 problems in the configuration, nothing was run", r"my.py: no option 'widht'; did you mean 'width'\?",
-                     r"my.py: rate: expected float, got 'fast' \(str\)", r"my.py: no option 'i'", r"a helper's name begins with '_'",
+    for expected in (r"9 problems in the configuration, nothing was run",
+                     r"my.py: no option 'widht'; did you mean 'width'\?",
+                     r"my.py: rate: expected float, got 'fast' \(str\)",
+                     r"my.py: no option 'i'", r"a helper's name begins with '_'",
                      r"kind: expected one of round, square; got 'squar'; did you mean 'square'\?",
-                     r"flag: no option 'fsat'; did you mean 'fast'\?", r"flag --width: expected int, got '3.5'",
+                     r"flag: no option 'fsat'; did you mean 'fast'\?",
+                     r"flag --width: expected int, got '3.5'",
                      r"flag --lens: expected int, got 'x'", r"flag --rate: expected float, got 'no/such.py'"):
         assert re.search(expected, text), (expected, text)
 
 
 @pytest.mark.parametrize("text, message", [
-    ("width = True", "width: expected int, got True"), ("width = 4.5", "expected int, got 4.5"), ("fast = 1", "expected bool, got 1"),
+    ("width = True", "width: expected int, got True"), ("width = 4.5", "expected int, got 4.5"),
+    ("fast = 1", "expected bool, got 1"),
     ("lens = 3", "lens: expected a list of int, got 3"), ("lens = [1, 'x']", "expected int, got 'x'"),
-    ("width = 3", "width must be even, got 3"), ("1/0", r"my.py:1: ZeroDivisionError"), ("width = = 3", "SyntaxError"),
+    ("width = 3", "width must be even, got 3"), ("1/0", r"my.py:1: ZeroDivisionError"),
+    ("width = = 3", "SyntaxError"),
     ("\n\nimport nothing_of_the_kind", "my.py:3: ModuleNotFoundError")])
 def test_wrong_values_in_files(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):
@@ -114,13 +123,15 @@ def test_every_option_is_read(script, cls):
     """An option that nobody reads would be silently ignored."""
     source = Path(script).read_text() + Path("model.py").read_text()
     for name in option_types(cls):
-        assert re.search(rf"(cfg|self)\.{name}\b|getattr\(self, name\)", source), f"{script} never reads {name}"
+        read = re.search(rf"(cfg|self)\.{name}\b|getattr\(self, name\)", source)
+        assert read, f"{script} never reads {name}"
         reads = re.sub(rf"^    {name}: .*$", "", source, flags=re.M)
         assert re.search(rf"cfg\.{name}\b", reads), f"{script} only checks {name}"
 
 
 def test_a_script_prints_a_mistake_without_a_traceback():
-    done = subprocess.run([sys.executable, "train.py", "config/demo.py", "--n_heads=3", "--batchsize=4"], capture_output=True, text=True)
+    command = [sys.executable, "train.py", "config/demo.py", "--n_heads=3", "--batchsize=4"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert "no option 'batchsize'; did you mean 'batch_size'?" in done.stderr
     assert "n_heads=3 does not divide d_model=128" in done.stderr
@@ -141,16 +152,20 @@ def test_every_config_loads_and_says_what_it_asks(path):
 
 
 LADDER = {  # FACTS: d_model, layers, heads, d_ff, dropout, flash, positions, batch, lr, epochs
-    1: (16, 2, 2, 64, 0.3, False, "learned", 8, 3e-4, 300), 2: (16, 2, 2, 64, 0.3, False, "learned", 32, 3e-4, 10),
-    3: (128, 4, 8, 512, 0.1, False, "learned", 32, 6e-4, 20), 4: (256, 4, 8, 1024, 0.1, False, "learned", 32, 4e-4, 15),
-    5: (256, 8, 8, 1024, 0.1, False, "learned", 16, 4e-4, 20), 6: (512, 12, 8, 2048, 0.1, True, "learned", 16, 4e-4, 16),
+    1: (16, 2, 2, 64, 0.3, False, "learned", 8, 3e-4, 300),
+    2: (16, 2, 2, 64, 0.3, False, "learned", 32, 3e-4, 10),
+    3: (128, 4, 8, 512, 0.1, False, "learned", 32, 6e-4, 20),
+    4: (256, 4, 8, 1024, 0.1, False, "learned", 32, 4e-4, 15),
+    5: (256, 8, 8, 1024, 0.1, False, "learned", 16, 4e-4, 20),
+    6: (512, 12, 8, 2048, 0.1, True, "learned", 16, 4e-4, 16),
     7: (512, 12, 8, 2048, 0.1, True, "rope", 16, 4e-4, 8)}
 
 
 @pytest.mark.parametrize("exp", LADDER)
 def test_ladder_configs_are_those_of_the_documents(exp):
     c = load(train.TrainConfig, [f"config/exp{exp}.py"])
-    assert (c.d_model, c.n_layers, c.n_heads, c.d_ff, c.dropout, c.flash, c.pos, c.batch_size, c.lr, c.epochs) == LADDER[exp]
+    assert LADDER[exp] == (c.d_model, c.n_layers, c.n_heads, c.d_ff, c.dropout, c.flash, c.pos,
+                           c.batch_size, c.lr, c.epochs)
     assert (c.vocab_size, c.max_seq_len, c.weight_decay, c.grad_clip, c.patience) == (50257, 512, 0.1, 1.0, 5)
     assert c.optimizer == "adamw" and c.tie_embeddings and c.head_bias and c.bias and len(c.prompts) == 5
     assert c.data == ("data/wikitext2" if exp == 1 else "data/wikitext103")

@@ -1,4 +1,4 @@
-"""common/data.py: every token once, as a function of the position alone; and files that are not what they should be."""
+"""common/data.py: every token once, as a function of the position alone; and files that are damaged."""
 import json
 import os
 import shutil
@@ -20,7 +20,8 @@ def test_an_epoch_shows_every_window_once_and_the_next_is_cut_elsewhere():
     for epoch in range(5):
         starts = windows.starts(epoch * windows.per_epoch, windows.per_epoch)
         offset = starts.min()
-        assert sorted(starts) == [offset + 16 * i for i in range(windows.per_epoch)] and list(starts) != sorted(starts)
+        assert sorted(starts) == [offset + 16 * i for i in range(windows.per_epoch)]
+        assert list(starts) != sorted(starts)
         assert 0 <= offset < 16 and starts.max() + 16 < 1000
         offsets.append(int(offset))
     assert len(set(offsets)) > 1
@@ -34,12 +35,14 @@ def test_batches_are_a_function_of_seed_and_position():
         assert list(two.starts(first, count)) == list(whole[first:first + count])
     assert list(data.Windows(tokens, 16, seed=4).starts(0, 200)) != list(whole)
     x, y = one.batch(7, 4, CPU)
-    assert x.dtype == torch.int64 and torch.equal(x, torch.from_numpy(whole[7:11])[:, None] + torch.arange(16))
+    assert x.dtype == torch.int64
+    assert torch.equal(x, torch.from_numpy(whole[7:11])[:, None] + torch.arange(16))
     assert torch.equal(y, x + 1)
 
 
 def test_too_few_tokens_for_one_window():
-    with pytest.raises(data.DataError, match="31 training tokens are too few for a context of 16: at least 32"):
+    message = "31 training tokens are too few for a context of 16: at least 32"
+    with pytest.raises(data.DataError, match=message):
         data.Windows(np.zeros(31, dtype=np.uint16), 16, seed=1)
     assert data.Windows(np.zeros(32, dtype=np.uint16), 16, seed=1).per_epoch == 1
 
@@ -86,13 +89,16 @@ def out_of_range(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda f: os.remove(f / "train.bin"), r"no .*train.bin; make the folder anew with prepare_data.py --overwrite"),
+    (lambda f: os.remove(f / "train.bin"),
+     r"no .*train.bin; make the folder anew with prepare_data.py --overwrite"),
     (lambda f: os.remove(f / "meta.json"), "no tokens in .*python prepare_data.py"),
     (lambda f: (f / "meta.json").write_text("{ not json"), "meta.json is damaged"),
-    (lambda f: rewrite_meta(f, lambda m: m.pop("tokenizer")), r"meta.json is damaged \(KeyError: 'tokenizer'"),
+    (lambda f: rewrite_meta(f, lambda m: m.pop("tokenizer")),
+     r"meta.json is damaged \(KeyError: 'tokenizer'"),
     (lambda f: resize(f, 0), "train.bin is empty"),
     (lambda f: resize(f, 1001), "train.bin has 1,001 bytes, but meta.json says .* truncated"),
-    (lambda f: rewrite_meta(f, lambda m: m["splits"]["train"].update(tokens=5)), "meta.json says 5 uint16 tokens"),
+    (lambda f: rewrite_meta(f, lambda m: m["splits"]["train"].update(tokens=5)),
+     "meta.json says 5 uint16 tokens"),
     (lambda f: shutil.copy(f / "val.bin", f / "train.bin"), "truncated or another corpus"),
     (foreign, "begins with other tokens than meta.json describes"),
     (out_of_range, "holds id 999, but the tokenizer has 257 ids"),

@@ -7,8 +7,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, RepetitionPenaltyLogitsProcessor,
-                          TopKLogitsWarper, TopPLogitsWarper)
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import model as model_module
 from common.config import ConfigError, load
@@ -19,16 +26,16 @@ VARIANTS = [
     {},
     {"pos": "rope", "n_kv_heads": 2, "qk_norm": True},
     {"pos": "none", "activation": "relu2", "norm": "rmsnorm", "n_kv_heads": 1},
-    {"pos": "rope", "activation": "swiglu", "norm": "rmsnorm", "bias": False, "head_bias": False, "tie_embeddings": False,
-     "qk_norm": True},
+    {"pos": "rope", "activation": "swiglu", "norm": "rmsnorm", "bias": False, "head_bias": False,
+     "tie_embeddings": False, "qk_norm": True},
     {"activation": "relu", "bias": False, "norm": "layernorm"},
 ]
 
 
 def tiny(seed=0, **options) -> LM:
     torch.manual_seed(seed)
-    options = {"vocab_size": 61, "max_seq_len": 24, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48} | options
-    model = LM(ModelConfig(**options)).eval()
+    small = {"vocab_size": 61, "max_seq_len": 24, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48}
+    model = LM(ModelConfig(**small | options)).eval()
     for p in model.parameters():  # larger than at initialisation, so that every part matters in a comparison
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -42,8 +49,9 @@ def tokens(batch=2, length=20, vocab=61, seed=1):
 # Counts and initialisation
 
 
-@pytest.mark.parametrize("exp, count", [(1, 869_153), (2, 869_153), (3, 7_342_033), (4, 16_206_673), (5, 19_365_713),
-                                        (6, 63_873_617), (7, 63_611_473)])
+@pytest.mark.parametrize("exp, count", [
+    (1, 869_153), (2, 869_153), (3, 7_342_033), (4, 16_206_673), (5, 19_365_713), (6, 63_873_617),
+    (7, 63_611_473)])
 def test_ladder_parameter_counts(exp, count):
     with torch.device("meta"):
         model = LM(load(TrainConfig, [f"config/exp{exp}.py"]))
@@ -52,8 +60,8 @@ def test_ladder_parameter_counts(exp, count):
 
 def test_tinier_and_qwen_student_parameter_counts():
     with torch.device("meta"):
-        tinier = LM(ModelConfig(vocab_size=8192, d_model=192, n_layers=9, n_heads=3, d_ff=384, activation="swiglu", pos="rope",
-                                bias=False, head_bias=False, qk_norm=True))
+        tinier = LM(ModelConfig(vocab_size=8192, d_model=192, n_layers=9, n_heads=3, d_ff=384, pos="rope",
+                                activation="swiglu", bias=False, head_bias=False, qk_norm=True))
     assert tinier.count_parameters() == {"total": 4_894_272, "matmul": 4_894_272 - 19 * 192,
                                          "non_embedding": 4_894_272 - 8192 * 192}
 
@@ -97,15 +105,17 @@ def test_initial_loss_is_ln_vocabulary(options):
 
 def test_logits_equal_gpt2_of_transformers():
     ours = tiny(head_bias=False)
-    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=48,
-                                        activation_function="gelu", attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)).eval()
+    theirs = GPT2LMHeadModel(GPT2Config(
+        vocab_size=61, n_positions=24, n_embd=32, n_layer=2, n_head=4, n_inner=48, activation_function="gelu",
+        attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)).eval()
     t, names = theirs.transformer, {"mixer_norm": "ln_1", "ff_norm": "ln_2", "mixer.qkv": "attn.c_attn",
                                     "mixer.proj": "attn.c_proj", "ff.up": "mlp.c_fc", "ff.down": "mlp.c_proj"}
-    weights = {"wte.weight": ours.embed.weight, "wpe.weight": ours.pos_embed.weight, "ln_f.weight": ours.final_norm.weight,
-               "ln_f.bias": ours.final_norm.bias}
+    weights = {"wte.weight": ours.embed.weight, "wpe.weight": ours.pos_embed.weight,
+               "ln_f.weight": ours.final_norm.weight, "ln_f.bias": ours.final_norm.bias}
     for i, (a, b) in itertools.product(range(2), names.items()):
         layer = ours.blocks[i].get_submodule(a)
-        weights[f"h.{i}.{b}.weight"] = layer.weight.T if isinstance(layer, nn.Linear) else layer.weight  # theirs is (in, out)
+        matrix = isinstance(layer, nn.Linear)  # theirs is (in, out)
+        weights[f"h.{i}.{b}.weight"] = layer.weight.T if matrix else layer.weight
         weights[f"h.{i}.{b}.bias"] = layer.bias
     t.load_state_dict(weights)
     x = tokens()
@@ -113,19 +123,21 @@ def test_logits_equal_gpt2_of_transformers():
 
 
 def test_logits_equal_llama_of_transformers():
-    ours = tiny(pos="rope", rope_theta=5000.0, norm="rmsnorm", activation="swiglu", bias=False, head_bias=False, n_kv_heads=2,
-                tie_embeddings=False)
-    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                                          num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
-                                          rope_parameters={"rope_type": "default", "rope_theta": 5000.0})).eval()
+    ours = tiny(pos="rope", rope_theta=5000.0, norm="rmsnorm", activation="swiglu", bias=False,
+                head_bias=False, n_kv_heads=2, tie_embeddings=False)
+    theirs = LlamaForCausalLM(LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0})).eval()
     weights = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.final_norm.weight,
                "lm_head.weight": ours.head.weight}
     for i, block in enumerate(ours.blocks):
         q, k, v = block.mixer.qkv.weight.split([32, 16, 16])
         gate, up = block.ff.up.weight.chunk(2)
         weights |= {f"model.layers.{i}.{name}.weight": w for name, w in (
-            ("self_attn.q_proj", q), ("self_attn.k_proj", k), ("self_attn.v_proj", v), ("mlp.gate_proj", gate),
-            ("self_attn.o_proj", block.mixer.proj.weight), ("mlp.up_proj", up), ("mlp.down_proj", block.ff.down.weight),
+            ("self_attn.q_proj", q), ("self_attn.k_proj", k), ("self_attn.v_proj", v),
+            ("self_attn.o_proj", block.mixer.proj.weight),
+            ("mlp.gate_proj", gate), ("mlp.up_proj", up), ("mlp.down_proj", block.ff.down.weight),
             ("input_layernorm", block.mixer_norm.weight), ("post_attention_layernorm", block.ff_norm.weight))}
     theirs.load_state_dict(weights)
     x = tokens()
@@ -140,7 +152,8 @@ def test_flash_equals_written_out_attention(options):
     for model in (a, b):
         model(x, y)[0].backward()
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-4,
+                                   msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_loss_ignores_masked_targets():
@@ -217,8 +230,9 @@ def test_learned_positions_end_and_say_so():
 def test_cached_and_uncached_generation_agree(options):
     model, prompt = tiny(**options), tokens(3, 5)
     for temperature in (0.0, 1.0):
-        runs = [torch.cat(list(model.generate(prompt, 18, temperature, generator=torch.Generator().manual_seed(3),
-                                              use_cache=cached)), 1) for cached in (True, False)]
+        runs = [torch.cat(list(model.generate(prompt, 18, temperature, use_cache=cached,
+                                              generator=torch.Generator().manual_seed(3))), 1)
+                for cached in (True, False)]
         assert torch.equal(*runs) and runs[0].shape == (3, 18)
     x = prompt
     for _ in range(18):  # greedy, by hand
@@ -244,7 +258,8 @@ def test_generation_stops_at_stop_tokens():
     for row, full in zip(stopped.tolist(), free.tolist(), strict=True):
         end = full.index(stop) + 1 if stop in full[:len(row)] else len(row)
         assert row[:end] == full[:end] and all(t == stop for t in row[end:])
-    assert len(list(model.generate(prompt[:1], 15, temperature=0, stop_tokens=[stop]))) == free[0].tolist().index(stop) + 1
+    alone = list(model.generate(prompt[:1], 15, temperature=0, stop_tokens=[stop]))
+    assert len(alone) == free[0].tolist().index(stop) + 1
 
 
 def test_padded_vocabulary_is_never_sampled():
@@ -268,7 +283,8 @@ def test_sampling_filters_equal_those_of_transformers():
     penalised = RepetitionPenaltyLogitsProcessor(1.7)(context, logits)
     greedy = sample_token(logits, context, temperature=0, repetition_penalty=1.7)
     assert torch.equal(greedy[:, 0], penalised.argmax(-1))
-    draws = torch.cat([sample_token(logits, context, 0.7, repetition_penalty=1.7, generator=g) for _ in range(4000)], 1)
+    draws = torch.cat([sample_token(logits, context, 0.7, repetition_penalty=1.7, generator=g)
+                       for _ in range(4000)], 1)
     observed = F.one_hot(draws, 40).float().mean(1)
     expected = (penalised / 0.7).softmax(-1)
     assert (observed - expected).abs().max() < 5 * math.sqrt(0.25 / 4000)
@@ -311,14 +327,16 @@ def test_learning_rate_schedules():
     def cfg(**options):
         return TrainConfig(lr=1.0, min_lr_ratio=0.1, **options)
 
-    assert [lr_at(s, cfg(schedule="constant", warmup_steps=4), 10) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    constant = cfg(schedule="constant", warmup_steps=4)
+    assert [lr_at(s, constant, 10) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert [round(lr_at(s, cfg(schedule="linear"), 4), 6) for s in range(4)] == [1, 0.775, 0.55, 0.325]
     # torch's own cosine, started after the warm-up
     p = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([p], lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=0.1)
     for s in range(10, 100):
-        assert math.isclose(lr_at(s, cfg(schedule="cosine", warmup_steps=10), 100), optimizer.param_groups[0]["lr"], rel_tol=1e-6)
+        ours = lr_at(s, cfg(schedule="cosine", warmup_steps=10), 100)
+        assert math.isclose(ours, optimizer.param_groups[0]["lr"], rel_tol=1e-6)
         optimizer.step()
         scheduler.step()
     wsd = [lr_at(s, cfg(schedule="wsd", decay_fraction=0.25), 100) for s in range(100)]

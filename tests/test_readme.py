@@ -1,4 +1,4 @@
-"""Every command of the README and of the scripts' docstrings names things that exist, and its options are accepted."""
+"""Every command of the README and of the scripts' docstrings names things and options that exist."""
 import re
 import shlex
 from pathlib import Path
@@ -10,15 +10,18 @@ import sample
 import train
 from common.config import load
 
-CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "prepare_data.py": prepare_data.PrepareConfig}
-TEXTS = ["README.md", "train.py", "sample.py", "prepare_data.py", *sorted(str(p) for p in Path("config").glob("*.py"))]
+CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
+           "prepare_data.py": prepare_data.PrepareConfig}
+TEXTS = ["README.md", *CLASSES, *sorted(str(p) for p in Path("config").glob("*.py"))]
 
 
 def commands():
     for path in TEXTS:
         text = Path(path).read_text()
-        text = text if path == "README.md" else "\n".join(re.findall(r'^"""(.*?)"""|^#(.*)$', text, re.M | re.S)[0]) \
-            if not path.startswith("config") else re.sub(r"^# +", "", text, flags=re.M)
+        if path.startswith("config"):
+            text = re.sub(r"^# +", "", text, flags=re.M)
+        elif path != "README.md":
+            text = "\n".join(re.findall(r'^"""(.*?)"""|^#(.*)$', text, re.M | re.S)[0])
         for line in text.splitlines():
             for part in re.split(r"&&|; do |; done", line):
                 if re.match(r"\s*(#.*: +)?!?(python|torchrun .*) ?\S*\.py", part):
@@ -29,7 +32,7 @@ ALL = sorted(set(commands()))
 
 
 def test_there_are_commands():
-    assert len(ALL) > 30 and {p for p, _ in ALL} >= {"README.md", "train.py", "sample.py", "prepare_data.py", "config/demo.py"}
+    assert len(ALL) > 30 and {p for p, _ in ALL} >= {"README.md", *CLASSES, "config/demo.py"}
 
 
 @pytest.mark.parametrize("path, command", ALL)
@@ -54,7 +57,8 @@ def test_make_targets_the_readme_names_exist():
 
 
 def test_troubleshooting_quotes_real_messages():
-    sources = "".join(Path(p).read_text() for p in ("train.py", "model.py", "prepare_data.py", *map(str, Path("common").glob("*.py"))))
+    paths = ["train.py", "model.py", "prepare_data.py", *Path("common").glob("*.py")]
+    sources = "".join(Path(p).read_text() for p in paths)
     sources = re.sub(r'"\s*\n\s*f?"', "", sources)  # strings that go on in the next line
     table = Path("README.md").read_text().split("## When something goes wrong")[1].split("\n## ")[0]
     for quoted in re.findall(r"^\| `(.*?)` \|", table, re.M):

@@ -21,25 +21,29 @@ from sample import SampleConfig
 def trained(bpe_corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     for name, layers in (("one", 1), ("two", 2)):
-        train.main(train.TrainConfig(data=bpe_corpus, out_dir=str(out), name=name, device="cpu", dtype="fp32", d_model=32,
-                                     n_layers=layers, n_heads=2, max_seq_len=64, batch_size=8, epochs=0.0, max_steps=30, pos="rope",
-                                     lr=1e-2))
+        train.main(train.TrainConfig(
+            data=bpe_corpus, out_dir=str(out), name=name, device="cpu", dtype="fp32", d_model=32,
+            n_layers=layers, n_heads=2, max_seq_len=64, batch_size=8, epochs=0.0, max_steps=30, pos="rope",
+            lr=1e-2))
     return str(out)
 
 
 def cfg(trained, *names, **options):
-    return SampleConfig(**{"checkpoints": tuple(f"{trained}/{n}" for n in names), "device": "cpu", "max_new_tokens": 12} | options)
+    paths = tuple(f"{trained}/{n}" for n in names)
+    return SampleConfig(**{"checkpoints": paths, "device": "cpu", "max_new_tokens": 12} | options)
 
 
 def test_prompts_are_continued_and_streamed(trained, capsys):
-    result = sample.main(cfg(trained, "one", "two", prompt=("The ", "If"), num_samples=2))
-    assert list(result) == ["The ", "If"] and all(len(texts) == 2 for r in result.values() for texts in r.values())
+    both = {"prompt": ("The ", "If"), "num_samples": 2}
+    result = sample.main(cfg(trained, "one", "two", **both))
+    assert list(result) == ["The ", "If"]
+    assert all(len(texts) == 2 for r in result.values() for texts in r.values())
     out = capsys.readouterr().out
     for prompt, by_run in result.items():
         for texts in by_run.values():
             assert all(prompt + text in out for text in texts)
-    assert sample.main(cfg(trained, "one", "two", prompt=("The ", "If"), num_samples=2)) == result  # the seed decides
-    assert sample.main(cfg(trained, "one", "two", prompt=("The ", "If"), num_samples=2, seed=2)) != result
+    assert sample.main(cfg(trained, "one", "two", **both)) == result  # the seed decides
+    assert sample.main(cfg(trained, "one", "two", **both, seed=2)) != result
 
 
 def test_greedy_equals_the_argmax_by_hand(trained):
@@ -58,7 +62,8 @@ def test_next_token_tables_side_by_side(trained, capsys):
     probabilities = model(torch.tensor([[tok.eot, *tok.encode("The ")]]))[0][0, -1].softmax(-1)
     rows = result[f"{trained}/one"]
     assert len(rows) == 5 and [p for _, p in rows] == sorted((p for _, p in rows), reverse=True)
-    assert math.isclose(rows[0][1], probabilities.max().item(), rel_tol=1e-5) and rows[0][0] == tok.decode([int(probabilities.argmax())])
+    assert math.isclose(rows[0][1], probabilities.max().item(), rel_tol=1e-5)
+    assert rows[0][0] == tok.decode([int(probabilities.argmax())])
     out = capsys.readouterr().out
     assert f"{trained}/one" in out and f"{trained}/two" in out and f"{rows[0][1]:.2%}" in out
 
@@ -82,17 +87,20 @@ def test_what_is_wrong_is_said(trained, tmp_path, corpus):
         cfg(trained, "one", top_p=1.5)
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint at"):
         sample.main(cfg(trained, "three"))
-    with pytest.raises(UserError, match="was trained with the tokenizer bpe:400.*holds bytes.*--tokenizer_from"):
+    message = "was trained with the tokenizer bpe:400.*holds bytes.*--tokenizer_from"
+    with pytest.raises(UserError, match=message):
         sample.main(cfg(trained, "one", tokenizer_from=corpus))
     shutil.copy(f"{trained}/one/best.pt", tmp_path / "alone.pt")
     with pytest.raises(UserError, match="tokenizer"):
         sample.main(SampleConfig(checkpoints=(str(tmp_path / "alone.pt"),), device="cpu"))
-    moved = SampleConfig(checkpoints=(str(tmp_path / "alone.pt"),), device="cpu", tokenizer_from=f"{trained}/one", max_new_tokens=3)
+    moved = SampleConfig(checkpoints=(str(tmp_path / "alone.pt"),), device="cpu", max_new_tokens=3,
+                         tokenizer_from=f"{trained}/one")
     assert list(sample.main(moved)) == [""]
 
 
 def test_a_run_folder_is_enough_on_another_machine(trained, tmp_path):
     folder = shutil.copytree(f"{trained}/one", tmp_path / "copied")
-    done = subprocess.run([sys.executable, os.path.abspath("sample.py"), str(folder), "--prompt=The ", "--max_new_tokens=5"], cwd=tmp_path,
+    script, flags = os.path.abspath("sample.py"), ["--prompt=The ", "--max_new_tokens=5"]
+    done = subprocess.run([sys.executable, script, str(folder), *flags], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0 and f"--- {folder}\nThe " in done.stdout, done.stderr

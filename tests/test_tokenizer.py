@@ -13,7 +13,8 @@ import tokenizers
 
 from common import tokenizer
 from common.config import UserError
-from common.tokenizer import EOT, StreamDecoder, load, open_tokenizer
+from common.stream import StreamDecoder
+from common.tokenizer import EOT, load, open_tokenizer
 
 TEXTS = list(pydoc_data.topics.topics.values())  # real English that every CPython ships
 ODD = "Hi 👩‍👩‍👧 <|endoftext|> <unk>, (<unk>) naïve\r\n\t x²  don't 日本語 \x00 café\u0301 \ufffd  \n\n end "

@@ -25,7 +25,8 @@ CONFIGS = Path("config").resolve()
 def losses(cfg) -> list[tuple]:
     """All that a run logged and that must not depend on when it was stopped."""
     rows = read_jsonl(os.path.join(cfg.out_dir, cfg.name, "metrics.jsonl"))
-    return [(r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss"), r.get("mean_train_loss")) for r in rows]
+    return [(r["step"], r.get("train_loss"), r.get("grad_norm"), r.get("val_loss"), r.get("mean_train_loss"))
+            for r in rows]
 
 
 def final(cfg, name="last.pt") -> dict:
@@ -39,7 +40,8 @@ def assert_same_run(a, b):
         for key, value in one["model"].items():
             assert torch.equal(value, two["model"][key]), f"{name}: {key}"
         assert str(one["optimizer"]) == str(two["optimizer"])
-        assert one["progress"]["best"] == two["progress"]["best"] and one["progress"]["step"] == two["progress"]["step"]
+        for key in ("best", "step"):
+            assert one["progress"][key] == two["progress"][key]
 
 
 def signal_at(monkeypatch, step, number=signal.SIGTERM):
@@ -54,12 +56,13 @@ def signal_at(monkeypatch, step, number=signal.SIGTERM):
     monkeypatch.setattr(train, "lr_at", lr_at)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stopping and continuing
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "micro_batch_size": 2, "dtype": "bf16"}, {"dtype": "fp16"},
-                                     {"optimizer": "sgd", "schedule": "wsd", "epochs": 0.05, "max_steps": 0, "eval_interval": 0}])
+@pytest.mark.parametrize("options", [
+    {}, {"dropout": 0.2, "micro_batch_size": 2, "dtype": "bf16"}, {"dtype": "fp16"},
+    {"optimizer": "sgd", "schedule": "wsd", "epochs": 0.05, "max_steps": 0, "eval_interval": 0}])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_continues_as_if_never_stopped(small, monkeypatch, capsys, options, number):
     whole, parts = small(name="whole", **options), small(name="parts", **options)
@@ -130,7 +133,7 @@ def session(prepare) -> int:
         os.kill(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-def die_at(call, name):  # kill -9 at the n-th call of os.fsync or os.replace: before, between and after the writes
+def die_at(call, name):  # kill -9 at the n-th os.fsync or os.replace: before, between and after the writes
     real, count = getattr(os, name), [0]
     def dying(*args):
         count[0] += 1
@@ -159,12 +162,14 @@ def test_kill_9_at_any_moment_loses_nothing(small, mode):
     whole, parts = small(name="whole", **options), small(name="parts", **options)
     os.makedirs(parts.out_dir)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    one = f"import torch; torch.set_num_threads(1); import train; train.main(train.TrainConfig(**{dataclasses.asdict(whole)}))"
+    one = ("import torch; torch.set_num_threads(1); import train; "
+           f"train.main(train.TrainConfig(**{dataclasses.asdict(whole)}))")
     subprocess.run([sys.executable, "-c", one], check=True, env=environment, capture_output=True)
-    done = subprocess.run([sys.executable, "-c", KILLED_RUNS, str(dataclasses.asdict(parts)), mode], env=environment,
-                          capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", KILLED_RUNS, str(dataclasses.asdict(parts)), mode],
+                          env=environment, capture_output=True, text=True, timeout=300)
     error = Path(parts.out_dir, "error")
-    assert done.returncode == 0 and not error.exists(), done.stderr + (error.read_text() if error.exists() else "")
+    said = error.read_text() if error.exists() else ""
+    assert done.returncode == 0 and not error.exists(), done.stderr + said
     killed, last = (int(w) for w in done.stdout.split()[1::2])
     assert killed >= 5 and last == 0
     assert_same_run(whole, parts)
@@ -174,8 +179,8 @@ def test_sigterm_exits_with_0_and_prints_the_command(small, tmp_path):
     cfg = small(max_steps=100_000, eval_interval=50_000)
     (tmp_path / "long.py").write_text("\n".join(f"{k} = {v!r}" for k, v in dataclasses.asdict(cfg).items()
                                                 if k not in ("name", "vocab_size")))
-    process = subprocess.Popen([sys.executable, "train.py", str(tmp_path / "long.py")], stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen([sys.executable, "train.py", str(tmp_path / "long.py")],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     for line in process.stdout:
         if "starting" in line:
             break
@@ -201,11 +206,13 @@ def test_an_ended_run_stays_as_it_is(small):
 def test_another_config_is_refused_with_the_differences(small, corpus):
     train.main(small(max_steps=2))
     kept = Path(small().out_dir, "run/last.pt").read_bytes()
-    with pytest.raises(UserError, match=r"(?s)another configuration \(at step 2\):.*lr: 0.003 -> 0.004\n  max_steps: 2 -> 30\n"
+    with pytest.raises(UserError, match=r"(?s)another configuration \(at step 2\):.*"
+                                        r"lr: 0.003 -> 0.004\n  max_steps: 2 -> 30\n"
                                         r".*--name=OTHER.*--overwrite.*--init_from"):
         train.main(small(max_steps=30, lr=4e-3, save_minutes=1.0))
     assert Path(small().out_dir, "run/last.pt").read_bytes() == kept
-    train.main(small(max_steps=2, micro_batch_size=4, prompts=("x",), device="auto"))  # where and how fast may change
+    # where and how fast may change
+    train.main(small(max_steps=2, micro_batch_size=4, prompts=("x",), device="auto"))
     assert train.main(small(max_steps=3, overwrite=True))["steps"] == 3
 
 
@@ -220,7 +227,7 @@ def test_two_trainings_in_one_folder_are_refused(small):
     log = RunLog(os.path.join(small().out_dir, "run"))
     with pytest.raises(UserError, match="another process is training in"):
         train.main(small())
-    log.lock.close()
+    log.close()
     train.main(small(max_steps=1))
 
 
@@ -232,20 +239,25 @@ def test_training_goes_on_from_other_weights(small, bpe_corpus):
     train.main(second)
     weights = final(first, "best.pt")["model"]
     assert all(torch.equal(v, weights[k]) for k, v in final(second)["model"].items())
-    with pytest.raises(checkpoint.CheckpointError, match=r"is of another model:\n  embed.weight: \(257, 32\) in the file, \(257, 48\)"):
+    shapes = r"is of another model:\n  embed.weight: \(257, 32\) in the file, \(257, 48\)"
+    with pytest.raises(checkpoint.CheckpointError, match=shapes):
         train.main(small(name="third", init_from=source, d_model=48))
-    with pytest.raises(UserError, match="(?s)was trained with the tokenizer bytes.*is tokenised with bpe:400.*--tokenizer_from"):
+    with pytest.raises(UserError, match="(?s)was trained with the tokenizer bytes.*"
+                                        "is tokenised with bpe:400.*--tokenizer_from"):
         train.main(small(name="fourth", init_from=source, data=bpe_corpus))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Processes
 
 
 def torchrun(cfg, world):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "train.py"]
-    command += [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in dataclasses.asdict(cfg).items() if v != ()]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
+               "train.py"]
+    command += [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+                for k, v in dataclasses.asdict(cfg).items() if v != ()]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                          timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -254,7 +266,8 @@ def assert_close_run(a, b):
     assert len(losses(a)) == len(losses(b)) > 20
     for one, two in zip(losses(a), losses(b), strict=True):
         assert [v is None for v in one] == [v is None for v in two]
-        assert all(math.isclose(x, y, rel_tol=2e-5) for x, y in zip(one, two, strict=True) if x is not None), (one, two)
+        pairs = [(x, y) for x, y in zip(one, two, strict=True) if x is not None]
+        assert all(math.isclose(x, y, rel_tol=2e-5) for x, y in pairs), (one, two)
 
 
 def test_two_processes_equal_one_and_continue_on_one(small):
@@ -272,7 +285,8 @@ def test_two_processes_equal_one_and_continue_on_one(small):
 
 
 def test_a_batch_that_does_not_split_is_refused(small):
-    with pytest.raises(UserError, match="batch_size=8 does not split into 3 processes x micro_batch_size=2; use --batch_size=12"):
+    message = "batch_size=8 does not split into 3 processes x micro_batch_size=2; use --batch_size=12"
+    with pytest.raises(UserError, match=message):
         train.make_plan(small(), 3, 100)
     with pytest.raises(ConfigError, match="micro_batch_size=3 does not divide batch_size=8"):
         small(micro_batch_size=3)
@@ -294,7 +308,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
     torch.testing.assert_close(grads[0], grads[2], atol=1e-6, rtol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -313,8 +327,10 @@ def test_evaluation_equals_a_loop_over_single_predictions(small, corpus):
         context = torch.from_numpy(tokens[start:target].astype(np.int64))[None]
         nats -= model(context)[0][0, -1].log_softmax(-1)[int(tokens[target])].item()
     for batch_size in (1, 3, 64):
-        got = train.evaluate(model, tokens, split, 32, batch_size, distributed.Dist(0, 1, CPU), "fp32", NoStop())
-        assert math.isclose(got["loss"], nats / 199, rel_tol=1e-5) and math.isclose(got["perplexity"], math.exp(nats / 199), rel_tol=1e-4)
+        dist = distributed.Dist(0, 1, CPU)
+        got = train.evaluate(model, tokens, split, 32, batch_size, dist, "fp32", NoStop())
+        assert math.isclose(got["loss"], nats / 199, rel_tol=1e-5)
+        assert math.isclose(got["perplexity"], math.exp(nats / 199), rel_tol=1e-4)
         assert math.isclose(got["bits_per_byte"], nats / math.log(2) / 190, rel_tol=1e-5)
         assert math.isclose(got["word_perplexity"], math.exp(nats / 30), rel_tol=1e-3)
 
@@ -324,12 +340,13 @@ def test_a_uniform_model_has_the_closed_form(small, corpus):
     model, tokens = LM(cfg), data.open_tokens(corpus, "val", meta)
     for p in model.parameters():
         p.data.zero_()
-    got = train.evaluate(model, tokens, meta["splits"]["val"], 32, 16, distributed.Dist(0, 1, CPU), "fp32", NoStop())
+    val, dist = meta["splits"]["val"], distributed.Dist(0, 1, CPU)
+    got = train.evaluate(model, tokens, val, 32, 16, dist, "fp32", NoStop())
     assert math.isclose(got["loss"], math.log(257), rel_tol=1e-6)
     # bytes and one separator per document, of which the first is not predicted
-    predicted = meta["splits"]["val"]["bytes"] + meta["splits"]["val"]["documents"] - 1
+    predicted = val["bytes"] + val["documents"] - 1
     assert predicted == len(tokens) - 1
-    assert math.isclose(got["bits_per_byte"], predicted * math.log2(257) / meta["splits"]["val"]["bytes"], rel_tol=1e-6)
+    assert math.isclose(got["bits_per_byte"], predicted * math.log2(257) / val["bytes"], rel_tol=1e-6)
 
 
 def test_early_stopping_keeps_the_best(small):
@@ -344,8 +361,9 @@ def test_evaluation_at_other_lengths_and_samples(small):
     cfg = small(pos="rope", eval_lens=(8, 64), prompts=("The ", "if"), max_steps=10)
     train.main(cfg)
     row = [r for r in read_jsonl(os.path.join(cfg.out_dir, "run/metrics.jsonl")) if "val_loss" in r][-1]
-    assert list(row["val_loss_by_length"]) == ["32", "8", "64"] and row["val_loss_by_length"]["32"] == row["val_loss"]
-    assert len(set(row["val_loss_by_length"].values())) == 3
+    by_length = row["val_loss_by_length"]
+    assert list(by_length) == ["32", "8", "64"] and by_length["32"] == row["val_loss"]
+    assert len(set(by_length.values())) == 3
     assert list(row["samples"]) == ["The ", "if"] and all(row["samples"].values())
     assert Path(cfg.out_dir, "run/samples.txt").read_text().startswith("=== step 10, validation loss")
     assert Path(cfg.out_dir, "run/loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -360,19 +378,21 @@ def test_evaluations_happen_once_an_epoch_or_at_the_interval(small):
     assert [s for s in range(1, 10) if plan.evaluates(s, small(eval_interval=4))] == [4, 8, 9]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Precision, optimiser, guards
 
 
 def test_bf16_and_fp16_learn_what_fp32_learns(small):
-    best = {d: train.main(small(name=d, dtype=d, max_steps=60, eval_interval=60))["best_val_loss"] for d in ("fp32", "bf16", "fp16")}
+    best = {dtype: train.main(small(name=dtype, dtype=dtype, max_steps=60, eval_interval=60))["best_val_loss"]
+            for dtype in ("fp32", "bf16", "fp16")}
     assert best["fp32"] < 3.4  # from ln 257 = 5.55
     assert all(abs(v - best["fp32"]) < 0.05 for v in best.values()), best
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_optimiser_equals_torch_by_hand(small, name):
-    cfg = small(optimizer=name, max_steps=5, eval_interval=5, schedule="constant", weight_decay=0.3, grad_clip=0.5, lr=1e-2)
+    cfg = small(optimizer=name, max_steps=5, eval_interval=5, schedule="constant", weight_decay=0.3,
+                grad_clip=0.5, lr=1e-2)
     train.main(cfg)
     cfg.vocab_size = cfg.n_tokens = 257
     torch.manual_seed(cfg.seed)
@@ -395,13 +415,15 @@ def test_optimiser_equals_torch_by_hand(small, name):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(small, monkeypatch):
-    with pytest.raises(UserError, match=r"not finite at step \d+: loss .*learning rate 1.000e\+30.*\n.*--lr=3.3e\+29"):
+    message = r"not finite at step \d+: loss .*learning rate 1.000e\+30.*\n.*--lr=3.3e\+29"
+    with pytest.raises(UserError, match=message):
         train.main(small(name="first", optimizer="sgd", lr=1e30, schedule="constant", grad_clip=0.0))
     cfg, real = small(), LM.forward
 
     def broken(self, *args, **kwargs):
         loss, state = real(self, *args, **kwargs)
-        return (loss * math.nan if self.training and os.path.exists(os.path.join(cfg.out_dir, "run/last.pt")) else loss), state
+        saved = os.path.exists(os.path.join(cfg.out_dir, "run/last.pt"))
+        return (loss * math.nan if self.training and saved else loss), state
 
     monkeypatch.setattr(LM, "forward", broken)
     with pytest.raises(UserError, match="not finite at step 11: loss nan.*\n.*--init_from=.*last.pt"):
@@ -418,7 +440,7 @@ def test_compiled_training_gives_the_same_losses(small):
         assert all(math.isclose(x, y, rel_tol=1e-4) for x, y in zip(a, b, strict=True) if x is not None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plan and configs
 
 
@@ -428,9 +450,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(small, capsys):
     windows = (data.read_meta(cfg.data)["splits"]["train"]["tokens"] - 32) // 32
     steps, n = math.ceil(2 * windows / 16), result["parameters"]["total"]
     assert result["steps"] == steps and not os.path.exists(cfg.out_dir)
-    for expected in (f"parameters  {n:,} (", "1 process x 4 accumulated x 4 = 16 sequences; x 32 = 512 tokens a step",
-                     f"{windows:,} windows x 32 = {windows * 32:,} tokens; D/N {windows * 32 / n:.2f}:1 (Chinchilla 20:1)",
-                     f"{steps:,} steps = ", f"= {steps * 512:,} tokens; D/N {steps * 512 / n:.2f}:1", "MFLOPs per token", "memory"):
+    for expected in (f"parameters  {n:,} (",
+                     "1 process x 4 accumulated x 4 = 16 sequences; x 32 = 512 tokens a step",
+                     f"{windows:,} windows x 32 = {windows * 32:,} tokens; "
+                     f"D/N {windows * 32 / n:.2f}:1 (Chinchilla 20:1)",
+                     f"{steps:,} steps = ", f"= {steps * 512:,} tokens; D/N {steps * 512 / n:.2f}:1",
+                     "MFLOPs per token", "memory"):
         assert expected in out, expected
 
 
@@ -439,7 +464,8 @@ def test_dry_run_needs_no_data(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.main(load(train.TrainConfig, [str(CONFIGS / "exp6.py"), "--dry_run"]))
     out = capsys.readouterr().out
-    assert "63,873,617" in out and "memory      about" in out and "not known: no tokens in data/wikitext103 yet" in out
+    for expected in ("63,873,617", "memory      about", "not known: no tokens in data/wikitext103 yet"):
+        assert expected in out
     with pytest.raises(data.DataError, match="python prepare_data.py wikitext103"):
         train.main(load(train.TrainConfig, [str(CONFIGS / "exp6.py")]))
 
@@ -451,9 +477,11 @@ def test_less_training_text_and_too_much(small, corpus):
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"epochs": 0.0, "max_steps": 0}, "the run has no end"), ({"lr": -1.0}, "lr must be a number that is not negative"),
-    ({"lr": math.nan}, "lr must be a number"), ({"beta2": 1.5}, "beta2 must be between 0 and 1"), ({"name": "a/b"}, "plain folder name"),
-    ({"batch_size": 0}, "batch_size must be at least 1"), ({"eval_lens": (0,)}, "eval_lens must be positive")])
+    ({"epochs": 0.0, "max_steps": 0}, "the run has no end"),
+    ({"lr": -1.0}, "lr must be a number that is not negative"), ({"lr": math.nan}, "lr must be a number"),
+    ({"beta2": 1.5}, "beta2 must be between 0 and 1"), ({"name": "a/b"}, "plain folder name"),
+    ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"eval_lens": (0,)}, "eval_lens must be positive")])
 def test_contradictions_are_refused(small, options, message):
     with pytest.raises(ConfigError, match=message):
         small(**options)
@@ -461,8 +489,9 @@ def test_contradictions_are_refused(small, options, message):
 
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_config_takes_a_step(path, corpus, tmp_path):
-    cfg = load(train.TrainConfig, [str(path), f"--data={corpus}", f"--out_dir={tmp_path}", "--batch_size=2", "--max_seq_len=16",
-                                   "--max_steps=2", "--device=cpu", "--train_tokens=0", "--eval_lens="])
+    cfg = load(train.TrainConfig, [
+        str(path), f"--data={corpus}", f"--out_dir={tmp_path}", "--batch_size=2", "--max_seq_len=16",
+        "--max_steps=2", "--device=cpu", "--train_tokens=0", "--eval_lens="])
     job = train.load_job(cfg, distributed.Dist(0, 1, CPU))
     train.begin_or_continue(job)
     before = [p.detach().clone() for p in job.model.parameters()]
@@ -479,13 +508,26 @@ def test_the_ledger_row_says_what_ran(small):
     summary = train.main(small(max_steps=10, seed=5))
     row, = read_jsonl(os.path.join(small().out_dir, "ledger.jsonl"))
     assert row == json.loads(json.dumps(summary))
-    assert row["seed"] == 5 and row["tokens"] == 10 * 8 * 32 and row["config"]["lr"] == 3e-3 and row["status"] == "finished"
-    assert row["best_val_loss"] == [r for r in read_jsonl(os.path.join(small().out_dir, "run/metrics.jsonl"))][-1]["val_loss"]
+    assert row["seed"] == 5 and row["tokens"] == 10 * 8 * 32
+    assert row["config"]["lr"] == 3e-3 and row["status"] == "finished"
+    metrics = read_jsonl(os.path.join(small().out_dir, "run/metrics.jsonl"))
+    assert row["best_val_loss"] == metrics[-1]["val_loss"]
+
+
+def test_a_ledger_line_cut_short_by_a_kill_harms_no_other(small):
+    os.makedirs(small().out_dir)
+    ledger = Path(small().out_dir, "ledger.jsonl")
+    ledger.write_text('{"run_id": "whole"}\n{"run_id": "cut sho')
+    summary = train.main(small(max_steps=1))
+    lines = ledger.read_text().split("\n")
+    assert lines[:2] == ['{"run_id": "whole"}', '{"run_id": "cut sho'] and len(lines) == 4 and lines[3] == ""
+    assert json.loads(lines[2])["run_id"] == summary["run_id"]
 
 
 def test_peak_flops_are_those_of_the_named_gpu(monkeypatch):
-    for name, peak in (("NVIDIA A100-SXM4-40GB", 312e12), ("Tesla T4", 65e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
-                       ("NVIDIA GeForce RTX 4090", 165e12), ("NVIDIA RTX 4000 Ada Generation", 0.0), ("Tesla V100-SXM2-16GB", 125e12)):
+    for name, peak in (("NVIDIA A100-SXM4-40GB", 312e12), ("Tesla T4", 65e12), ("NVIDIA L4", 121e12),
+                       ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090", 165e12),
+                       ("NVIDIA RTX 4000 Ada Generation", 0.0), ("Tesla V100-SXM2-16GB", 125e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert distributed.peak_flops(torch.device("cuda:0"), "fp16") == peak, name
     assert distributed.peak_flops(CPU, "bf16") == 0.0
