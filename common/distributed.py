@@ -28,17 +28,13 @@ class Dist:
         return dist.is_initialized()
 
     def sum(self, *values: float) -> list[float]:
-        """Sum each number over all processes, in float64 (float32 on MPS, which has no float64). A
-        collective."""
+        """Sum each number over all processes, in float64. A collective: every process must call it."""
         if not self.grouped:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        place = self.device if self.device.type == "cuda" else "cpu"  # gloo adds on the CPU
+        total = torch.tensor(values, dtype=torch.float64, device=place)
         dist.all_reduce(total)
         return total.tolist()
-
-    def barrier(self) -> None:
-        if self.grouped:
-            dist.barrier()
 
     def close(self) -> None:
         if self.grouped:
