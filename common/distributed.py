@@ -65,7 +65,8 @@ def setup(device: str = "auto") -> Dist:
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain
     if "RANK" in os.environ:
         # ten minutes is not enough when rank 0 samples or saves a large model on a slow disk
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=60))
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timedelta(minutes=60), device_id=own)
     return Dist(rank, world, device)
 
 
@@ -80,8 +81,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
         # a T4 (7.5) claims bf16 and emulates it several times slower
         return ("bf16", f"compute capability {major}.{minor} has it") if major >= 8 else \
                ("fp16", f"compute capability {major}.{minor} has no bf16; gradients are scaled")
-    if (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            and torch.cpu._is_avx512_bf16_supported()):
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported():
         return "bf16", "this CPU has AVX512-BF16"
     return "fp32", f"no fast 16-bit arithmetic known for {device.type}"
 
