@@ -81,7 +81,8 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
         # a T4 (7.5) claims bf16 and emulates it several times slower
         return ("bf16", f"compute capability {major}.{minor} has it") if major >= 8 else \
                ("fp16", f"compute capability {major}.{minor} has no bf16; gradients are scaled")
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported():
+    onednn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if onednn and torch.cpu._is_avx512_bf16_supported():
         return "bf16", "this CPU has AVX512-BF16"
     return "fp32", f"no fast 16-bit arithmetic known for {device.type}"
 
