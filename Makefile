@@ -8,7 +8,7 @@ RUN = $(VENV)/bin/python
 demo: $(VENV)/run
 	$(RUN) prepare_data.py shakespeare
 	$(RUN) train.py config/demo.py
-	$(RUN) sample.py out/demo --max_new_tokens=120
+	$(RUN) sample.py out/demo --prompt="ROMEO." --max_new_tokens=150
 
 test: $(VENV)/dev
 	$(RUN) -m pytest
@@ -20,6 +20,7 @@ lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 
 $(VENV)/run: requirements.txt
+	@echo "making $(VENV) and installing torch and the rest; the first time this can take minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
