@@ -445,7 +445,7 @@ def train(job: Job, stop: StopRequest) -> None:
         wants_to_stop = stop.requested or time.monotonic() > deadline
         loss, stopping = dist.sum(loss / dist.world, float(wants_to_stop))  # all stop at the same step
         if not math.isfinite(loss) or not (job.scaler.is_enabled() or math.isfinite(norm)):
-            raise_not_finite(job, loss, norm, lr)
+            raise_not_finite(job, f"loss {loss}, gradient norm {norm}, learning rate {lr:.3e}; not applied")
         job.scaler.step(job.optimizer)
         job.scaler.update()
         job.optimizer.zero_grad(set_to_none=True)
@@ -503,16 +503,14 @@ def gradients(job: Job, net) -> tuple[float, float]:
     return total.item(), norm.item()
 
 
-def raise_not_finite(job: Job, loss: float, norm: float, lr: float) -> None:
-    folder = os.path.join(job.cfg.out_dir, job.cfg.name)
-    saved = os.path.join(folder, "last.pt")
+def raise_not_finite(job: Job, what: str) -> None:
+    saved = os.path.join(job.cfg.out_dir, job.cfg.name, "last.pt")
     if os.path.exists(saved):
         back = (f"the last save is from before it; go on from there in a new run with:  --init_from={saved} "
                 f"--name={job.cfg.name}_lower --lr={job.cfg.lr / 3:.1e}")
     else:
         back = f"nothing was saved yet; try:  --lr={job.cfg.lr / 3:.1e} --warmup_steps=100"
-    raise UserError(f"not finite at step {job.progress.step + 1:,}: loss {loss}, gradient norm {norm}, "
-                    f"learning rate {lr:.3e}; stopped before the update\n{back}")
+    raise UserError(f"not finite at step {job.progress.step + 1:,}: {what}\n{back}")
 
 
 def evaluate_and_save(job: Job, stop: StopRequest, speed: float) -> bool:
@@ -527,6 +525,8 @@ def evaluate_and_save(job: Job, stop: StopRequest, speed: float) -> bool:
             job.save("last.pt")
             return False
     result = {"step": progress.step, **results[cfg.max_seq_len]}
+    if not math.isfinite(result["loss"]):
+        raise_not_finite(job, f"validation loss {result['loss']}; not saved")
     better = result["loss"] < progress.best.get("loss", math.inf)
     train_loss = progress.loss_sum / (progress.step - progress.evaluated)
     progress.bad_evals = 0 if better else progress.bad_evals + 1

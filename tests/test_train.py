@@ -432,6 +432,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(small, monkeypatch):
     assert all(v.isfinite().all() for v in final(cfg)["model"].values())
 
 
+def test_a_validation_loss_that_is_not_finite_is_not_saved(small, monkeypatch):
+    real = LM.forward
+
+    def broken(self, *args, **kwargs):
+        loss, state = real(self, *args, **kwargs)
+        return (loss if self.training else loss * math.nan), state
+
+    monkeypatch.setattr(LM, "forward", broken)
+    with pytest.raises(UserError, match="not finite at step 11: validation loss nan; not saved"):
+        train.main(small())
+    assert not os.path.exists(os.path.join(small().out_dir, "run/last.pt"))
+
+
 @pytest.mark.slow
 def test_compiled_training_gives_the_same_losses(small):
     train.main(small(name="eager", max_steps=3))
