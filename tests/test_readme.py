@@ -37,7 +37,7 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("path, command", ALL)
 def test_command_parses(path, command):
-    words = shlex.split(command.replace("mini$n", "mini1"))
+    words = shlex.split(command.replace("$n", "1").replace("${n}", "1"))
     script = next(w for w in words if w.endswith(".py"))
     args = words[words.index(script) + 1:]
     assert script in CLASSES
