@@ -49,7 +49,7 @@ class TrainConfig(ModelConfig):
     # machine (may change when a run is continued)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; weights stay fp32
-    compile: bool = False  # torch.compile: about a minute to start, then faster steps
+    compile: bool = False  # torch.compile: a slow start, then faster steps
     # length: whichever ends first
     epochs: float = 1.0  # passes over the training windows; 0 = no limit
     max_steps: int = 0  # optimiser steps; 0 = no limit
@@ -349,7 +349,7 @@ def begin_or_continue(job: Job) -> None:
         check_tokenizer(source, job.meta, cfg.init_from, cfg.data)
         checkpoint.load_weights(job.model, source["model"], cfg.init_from)
     if job.log:
-        job.log.begin(job.progress.step if saved else None)
+        job.log.begin(job.progress.step if saved else None, job.progress.evaluated)
         job.tok.save(folder)  # a run folder is enough to sample from
         say(f"{'continuing' if saved else 'starting':<11} {folder} at step {job.progress.step:,} of "
             f"{job.plan.steps:,}" + (f", {job.progress.ended}" if job.progress.ended else ""))

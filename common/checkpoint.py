@@ -22,12 +22,11 @@ def write_atomically(path: str, write) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(tmp, path)
-    if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk (not on Windows)
-        folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
+    try:
+        os.fsync(folder)  # so that the rename itself reaches the disk
+    finally:
+        os.close(folder)
 
 
 def save(path: str, state: dict) -> None:

@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics.jsonl, samples.txt, loss.png, one line in the ledger, and a lock while it
 runs."""
+import fcntl
 import json
 import os
 import subprocess
@@ -17,10 +18,7 @@ class RunLog:
         self.folder = folder
         self.lock = open(os.path.join(folder, "lock"), "w")  # freed by the system however the process ends
         try:
-            import fcntl  # not on Windows
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
         except OSError:
             raise UserError(f"another process is training in {folder}; "
                             "wait for it, or use another --name") from None
@@ -31,15 +29,16 @@ class RunLog:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def begin(self, step: int | None) -> None:
-        """Continue at `step`: drop the rows after it, which a killed run logged and will now repeat. None: a
-        new run, so whatever an earlier one left is removed."""
+    def begin(self, step: int | None, evaluated: int = 0) -> None:
+        """Continue at `step`, last evaluated at step `evaluated`: drop the rows after these, which a killed
+        run logged and will now repeat. None: a new run, so whatever an earlier one left is removed."""
         if step is None:
             for name in ("last.pt", "best.pt", "metrics.jsonl", "samples.txt", "loss.png"):
                 if os.path.exists(self.path(name)):
                     os.remove(self.path(name))
             return
-        rows = [r for r in read_jsonl(self.path("metrics.jsonl")) if r["step"] <= step]
+        rows = [r for r in read_jsonl(self.path("metrics.jsonl"))
+                if r["step"] <= (evaluated if "val_loss" in r else step)]
         text = "".join(json.dumps(r) + "\n" for r in rows)
         write_atomically(self.path("metrics.jsonl"), lambda f: f.write(text.encode()))
 

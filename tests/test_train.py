@@ -90,6 +90,14 @@ def test_a_stop_during_evaluation_repeats_the_evaluation(small, monkeypatch):
     assert train.main(parts)["status"] == "stopped"
     assert final(parts)["progress"]["step"] == 10 and final(parts)["progress"]["evaluated"] == 0
     monkeypatch.undo()
+
+    def killed(path, state):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(checkpoint, "save", killed)  # after the evaluation was logged, before it was saved
+    with pytest.raises(RuntimeError, match="killed"):
+        train.main(parts)
+    monkeypatch.undo()
     train.main(parts)
     assert_same_run(whole, parts)
 
