@@ -291,9 +291,9 @@ class Job:
     model: LM
     flops_per_token: float
     peak_flops: float  # of all devices together, 0 where not known
-    optimizer: torch.optim.Optimizer | None = None
-    scaler: torch.amp.GradScaler | None = None
-    progress: Progress | None = None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
     log: RunLog | None = None  # only in the main process
 
     def save(self, name: str) -> None:
@@ -306,7 +306,7 @@ class Job:
 
 
 def load_job(cfg: TrainConfig, dist) -> Job:
-    """Data, plan and model at its initialisation; nothing written yet."""
+    """All a new run starts from: data, plan, initialised model, optimiser; nothing written yet."""
     dtype, why = distributed.choose_dtype(cfg.dtype, dist.device)
     if cfg.dry_run and cfg.vocab_size and not os.path.exists(cfg.data):
         meta = tok = windows = val_tokens = None
@@ -327,16 +327,16 @@ def load_job(cfg: TrainConfig, dist) -> Job:
         say(describe(cfg, plan, model, dist, dtype, why))
     return Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, model,
                flops_per_token=model.flops_per_token(cfg.max_seq_len),
-               peak_flops=distributed.peak_flops(dist.device, dtype) * dist.world)
+               peak_flops=distributed.peak_flops(dist.device, dtype) * dist.world,
+               optimizer=make_optimizer(cfg, model),
+               scaler=torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16"),
+               progress=Progress(run_id=uuid.uuid4().hex[:12]))
 
 
 def begin_or_continue(job: Job) -> None:
-    """Fill in optimiser, scaler and progress: of a new run, or of the one in the folder."""
+    """Take the run's folder; if it holds a run, go on from that one's weights, optimiser and progress."""
     cfg, folder = job.cfg, os.path.join(job.cfg.out_dir, job.cfg.name)
     job.log = RunLog(folder) if job.dist.is_main else None
-    job.optimizer = make_optimizer(cfg, job.model)
-    job.scaler = torch.amp.GradScaler(job.dist.device.type, enabled=job.dtype == "fp16")
-    job.progress = Progress(run_id=uuid.uuid4().hex[:12])
     saved = None if cfg.overwrite else load_existing(cfg, folder, job.meta)
     if saved:
         checkpoint.load_weights(job.model, saved["model"], folder)
@@ -418,12 +418,9 @@ def main(cfg: TrainConfig) -> dict:
 
 
 def train(job: Job, stop: StopRequest) -> None:
-    cfg, dist, plan, progress, model = job.cfg, job.dist, job.plan, job.progress, job.model
-    net = torch.compile(model) if cfg.compile else model
-    if dist.grouped:
-        own = [dist.device.index] if dist.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=own)
-    deadline = time.monotonic() + 60 * cfg.max_minutes if cfg.max_minutes else math.inf
+    cfg, dist, plan, progress = job.cfg, job.dist, job.plan, job.progress
+    net = wrap(job)
+    deadline = time.perf_counter() + 60 * cfg.max_minutes if cfg.max_minutes else math.inf
     saved_at = said_at = time.monotonic()
     stopping, speed, terminal = False, 0.0, sys.stderr.isatty()
     bar = tqdm(total=plan.steps, initial=progress.step, unit="step", dynamic_ncols=True,
@@ -438,19 +435,7 @@ def train(job: Job, stop: StopRequest) -> None:
 
         # one optimiser step
         began = time.perf_counter()
-        lr = lr_at(progress.step, cfg, plan.steps)
-        for group in job.optimizer.param_groups:
-            group["lr"] = lr
-        loss, norm = gradients(job, net)
-        wants_to_stop = stop.requested or time.monotonic() > deadline
-        loss, stopping = dist.sum(loss / dist.world, float(wants_to_stop))  # all stop at the same step
-        if not math.isfinite(loss) or not (job.scaler.is_enabled() or math.isfinite(norm)):
-            raise_not_finite(job, f"loss {loss}, gradient norm {norm}, learning rate {lr:.3e}; not applied")
-        job.scaler.step(job.optimizer)
-        job.scaler.update()
-        job.optimizer.zero_grad(set_to_none=True)
-        progress.step += 1
-        progress.loss_sum += loss
+        loss, norm, lr, stopping = take_step(job, net, lambda: stop.requested or time.perf_counter() > deadline)
         seconds = time.perf_counter() - began
         progress.seconds += seconds
         speed = 1 / seconds if not speed else 0.9 * speed + 0.1 / seconds  # steps per second, smoothed
@@ -474,6 +459,33 @@ def train(job: Job, stop: StopRequest) -> None:
                 job.save("last.pt")
                 saved_at = time.monotonic()
     bar.close()
+
+
+def wrap(job: Job):
+    """The model as steps call it: compiled, and in DDP under torchrun."""
+    net = torch.compile(job.model) if job.cfg.compile else job.model
+    if job.dist.grouped:
+        own = [job.dist.device.index] if job.dist.device.type == "cuda" else None
+        net = DistributedDataParallel(net, device_ids=own)
+    return net
+
+
+def take_step(job: Job, net, wants_to_stop=lambda: False) -> tuple[float, float, float, bool]:
+    """One optimiser step on all processes: (mean loss, gradient norm, learning rate, whether any of them
+    wants to stop, so that all do at the same step)."""
+    lr = lr_at(job.progress.step, job.cfg, job.plan.steps)
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr
+    loss, norm = gradients(job, net)
+    loss, stopping = job.dist.sum(loss / job.dist.world, float(wants_to_stop()))
+    if not math.isfinite(loss) or not (job.scaler.is_enabled() or math.isfinite(norm)):
+        raise_not_finite(job, f"loss {loss}, gradient norm {norm}, learning rate {lr:.3e}; not applied")
+    job.scaler.step(job.optimizer)
+    job.scaler.update()
+    job.optimizer.zero_grad(set_to_none=True)
+    job.progress.step += 1
+    job.progress.loss_sum += loss
+    return loss, norm, lr, bool(stopping)
 
 
 def gradients(job: Job, net) -> tuple[float, float]:
