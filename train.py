@@ -426,6 +426,9 @@ def train(job: Job, stop: StopRequest) -> None:
     bar = tqdm(total=plan.steps, initial=progress.step, unit="step", dynamic_ncols=True,
                disable=not dist.is_main or not terminal)
 
+    def wants_to_stop() -> bool:
+        return stop.requested or time.perf_counter() > deadline
+
     while not progress.ended and not stopping:
         # an evaluation that is due (in a continued run: that a stop cut short)
         if progress.evaluated < progress.step and plan.evaluates(progress.step, cfg):
@@ -435,7 +438,7 @@ def train(job: Job, stop: StopRequest) -> None:
 
         # one optimiser step
         began = time.perf_counter()
-        loss, norm, lr, stopping = take_step(job, net, lambda: stop.requested or time.perf_counter() > deadline)
+        loss, norm, lr, stopping = take_step(job, net, wants_to_stop)
         seconds = time.perf_counter() - began
         progress.seconds += seconds
         speed = 1 / seconds if not speed else 0.9 * speed + 0.1 / seconds  # steps per second, smoothed
