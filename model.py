@@ -23,7 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import checkpoint
+from common.block_attention import block_attention
 from common.config import Config
+from common.head_loss import cross_entropy
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -153,6 +155,10 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if state is not None:
             k, v = state.append(k, v)  # (B, G, S, D)
+        dropout = self.cfg.dropout if self.training else 0.0
+        if self.cfg.flash and x.device.type == "cpu" and T > 1:
+            y = block_attention(q, k, v, 0, dropout)
+            return self.proj(y.transpose(1, 2).reshape(B, T, C))
         if self.n_kv_heads < self.n_heads:
             repeats = self.n_heads // self.n_kv_heads
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, D)
@@ -256,10 +262,11 @@ class LM(nn.Module):
         continues where this one ended: decoding T tokens one by one equals one pass over T tokens. Without
         one, None is returned.
         """
-        logits = self.head(self.hidden(tokens, state))  # (B, T, V)
+        x = self.hidden(tokens, state)  # (B, T, C)
         if targets is None:
-            return logits, state
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1), state
+            return self.head(x), state  # (B, T, V)
+        head = self.head  # the loss never holds all logits: see head_loss.py
+        return cross_entropy(x.flatten(0, 1), head.weight, head.bias, targets.flatten()), state
 
     def hidden(self, tokens, state: DecodingState | None = None):
         """tokens (B, T) -> the final norm's output (B, T, C), which the head reads."""
