@@ -62,38 +62,38 @@ class ChunkedLoss(torch.autograd.Function):
         (N, C), V, kind = x.shape, weight.size(0), x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
-            w, b = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+            w, inputs = weight.detach().to(dtype), x.detach().to(dtype)
+            if bias is not None:  # one more input that is always 1: adding it to the logits takes longer
+                w = torch.cat((w, bias.detach().to(dtype)[:, None]), dim=1)  # (V, C + 1)
+                inputs = torch.cat((inputs, inputs.new_ones(N, 1)), dim=1)  # (N, C + 1)
             chunks = max(1, -(-N * V * w.itemsize // CHUNK_BYTES))
             R = max(1, -(-N // chunks))
             step = max(1, SLICE_ELEMENTS // V) if kind == "cpu" else R
             buffer = w.new_empty(R, V)
             losses = torch.empty(N, device=x.device)
-            if grad:
-                dx = torch.empty_like(x)
-                dwb = torch.zeros(V, C + 1, device=x.device)  # of the weight, and in its last column the bias
+            dx = torch.empty_like(x) if grad else None
+            dw = torch.zeros(w.size(1), V, device=x.device) if grad else None  # (C or C + 1, V), float32
             for start in range(0, N, R):
-                rows = x[start:start + R].to(dtype)  # (R, C)
+                rows = inputs[start:start + R]  # (R, C or C + 1)
                 logits = torch.mm(rows, w.t(), out=buffer[:len(rows)])  # (R, V)
                 for i in range(0, len(rows), step):
-                    part, stop = logits[i:i + step], min(start + i + step, start + R)
-                    if b is not None:
-                        part += b
-                    losses[start + i:stop] = row_loss(part, *(a[start + i:stop] for a in row_args), grad=grad)
+                    own = slice(start + i, start + min(i + step, len(rows)))
+                    losses[own] = row_loss(logits[i:i + step], *(a[own] for a in row_args), grad=grad)
                 if grad:
                     factor = row_weights[start:start + R, None]  # (R, 1)
-                    dx[start:start + R] = (logits @ w) * factor
-                    dwb += logits.t() @ torch.cat((rows * factor, factor), dim=1).to(dtype)  # (V, C + 1)
+                    dx[start:start + R] = (logits @ w[:, :C]) * factor
+                    dw += (rows * factor).to(dtype).t().contiguous() @ logits
             total = torch.dot(losses, row_weights)
         if grad:
-            ctx.save_for_backward(dx, dwb)
-            ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+            ctx.save_for_backward(dx, dw)
+            ctx.weight, ctx.bias = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
-        dx, dwb = ctx.saved_tensors
-        dwb = dwb.mul_(scale)  # in place: a second backward is an error, as its saved tensors have changed
-        dtype, bias_dtype = ctx.dtypes
-        dbias = None if bias_dtype is None else dwb[:, -1].to(bias_dtype)
-        return None, dx * scale, dwb[:, :-1].to(dtype), dbias, None, None, None
+        dx, dw = ctx.saved_tensors
+        dw.mul_(scale)  # in place: a second backward through it is refused, as what was saved has changed
+        C = dx.size(1)
+        dweight = dw[:C].t().contiguous().to(ctx.weight)  # (V, C)
+        return None, dx * scale, dweight, None if ctx.bias is None else dw[C].to(ctx.bias), None, None, None
