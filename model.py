@@ -4,15 +4,18 @@
     model = LM(ModelConfig(vocab_size=50257, d_model=128, n_layers=4, n_heads=8))
     loss, _ = model(tokens, targets)                      # (B, T), (B, T) -> scalar
     for token in model.generate(prompt, 100): ...         # (B, T) -> (B, 1) per step, with a KV cache
+    for token in model.generate([a, b, c], 100): ...      # prompts (T,) of different lengths, the same yield
 
 LM = embedding -> blocks -> final norm -> head. A block is norm -> mixer -> add, norm -> feed-forward -> add.
 A mixer maps (B, T, C) to (B, T, C), looks only backward, and keeps what it needs for decoding in a state of
 its own: to try another one, write a class with `forward(x, rope, state)` and `init_state()` and put it where
-Block makes its Attention.
+Block makes its Attention. A state also has `fix(size, position)`, which stops the shapes of its tensors from
+changing, so that the decoding step can be compiled; where they never change, it does nothing.
 
-Shapes: B batch, T tokens of this call, S tokens seen so far (T and those in the cache), C width (d_model), H
-heads, G key/value heads, D head size (C / H), F feed-forward width (d_ff), V vocabulary
+Shapes: B batch, T tokens of this call, S tokens they may see (T and those in the cache), C width (d_model), H
+heads, G key/value heads, D head size (C / H), W window, F feed-forward width (d_ff), V vocabulary
 """
+import functools
 import math
 import warnings
 from dataclasses import dataclass, field, fields
@@ -50,6 +53,8 @@ class ModelConfig(Config):
     pos: Literal["learned", "rope", "none"] = "learned"  # positions; rope has no length limit
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     qk_norm: bool = False  # normalise queries and keys per head (no weights of its own)
+    window: int = 0  # tokens a local layer sees, the query's own included; 0 = every layer sees all
+    global_every: int = 0  # with a window: layers n, 2n, ... (counted from 1) see all; 0 = none does
     flash: bool = True  # scaled_dot_product_attention: O(T) memory; false = written out, the same numbers
     dropout: float = 0.0  # on the embedding, attention weights and each block's two outputs
 
@@ -58,7 +63,7 @@ class ModelConfig(Config):
         for name in ("max_seq_len", "d_model", "n_layers", "n_heads"):
             if getattr(self, name) < 1:
                 out.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("vocab_size", "n_tokens", "n_kv_heads", "d_ff"):
+        for name in ("vocab_size", "n_tokens", "n_kv_heads", "d_ff", "window", "global_every"):
             if getattr(self, name) < 0:
                 out.append(f"{name} must not be negative, got {getattr(self, name)}")
         if out:
@@ -72,6 +77,8 @@ class ModelConfig(Config):
                        f"{self.d_model // self.n_heads} is odd")
         if self.n_kv_heads and self.n_heads % self.n_kv_heads:
             out.append(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
+        if self.global_every and not self.window:
+            out.append(f"global_every={self.global_every} is set, but window=0 makes every layer global")
         if not 0 <= self.dropout < 1:
             out.append(f"dropout must be in [0, 1), got {self.dropout}")
         if self.rope_theta != 10000.0 and self.pos != "rope":
@@ -83,6 +90,18 @@ class ModelConfig(Config):
 
 # ------------------------------------------------------------------------------------------------------------
 # Layers
+
+
+class Linear(nn.Linear):
+    """nn.Linear, but a compiled decoding step on a CPU forms the product with its one row as a sum: the
+    kernel that comes out reads weights at 45 GB/s where the library's reaches 15 (fp32) or 20 (bf16)."""
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features:
+            row = x.contiguous().as_strided((self.in_features,), (1,))  # makes the compiler store x ...
+            y = (self.weight * row).sum(-1)  # (out); ... or it would work x out again for each output
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (1, 1, out)
+        return super().forward(x)
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
@@ -106,41 +125,98 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
+def causal_mask(T: int, S: int, window: int, device):
+    """(T, S), true where query t, which is token S - T + t, sees a key: itself and the window - 1 tokens
+    before, or with window 0 all before."""
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return mask.triu(S - T - window + 1) if window else mask
+
+
+@functools.lru_cache(maxsize=8)
+def flex_mask(T: int, window: int, device):
+    """The same for flex_attention at S = T: a list of the blocks where anything is seen."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(lambda b, h, q, k: (k <= q) & (q - k < window), None, None, T, T, device)
+
+
+@functools.lru_cache(maxsize=1)
+def flex_attention():
+    from torch.nn.attention import flex_attention as flex
+    return torch.compile(flex.flex_attention)
+
+
 class KVCache:
     """Keys and values (B, G, S, D) of one layer; the buffer doubles when full, so appending is amortised
-    O(1)."""
+    O(1). With a window only the last tokens are kept, and the buffer stays below max(64, 4 W)."""
 
-    def __init__(self):
-        self.k = self.v = None
-        self.length = 0
+    def __init__(self, window: int = 0):
+        self.window = window
+        self.k = self.v = self.position = None
+        self.length = 0  # tokens in the buffer
 
     def append(self, k, v):
-        """Add (B, G, T, D) each; returns all keys and values so far, (B, G, S, D) each."""
-        start, self.length = self.length, self.length + k.size(2)
-        if self.k is None or self.length > self.k.size(2):
-            shape = (k.size(0), k.size(1), max(64, 2 * self.length), k.size(3))
+        """Add (B, G, T, D) each; returns what the T may see, (B, G, S, D) each: all so far, or with a window
+        they and the W - 1 before."""
+        T = k.size(2)
+        if self.position is not None:
+            slot = self.position % self.k.size(2)  # (1,)
+            return self.k.index_copy_(2, slot, k), self.v.index_copy_(2, slot, v)
+        keep = min(self.length, self.window - 1) if self.window else self.length
+        start = self.length - keep
+        if self.window and T >= self.window:  # only the end of so many will be seen again
+            if keep:
+                k = torch.cat((self.k[:, :, start:self.length], k), dim=2)  # (B, G, S, D)
+                v = torch.cat((self.v[:, :, start:self.length], v), dim=2)  # (B, G, S, D)
+            self.k, self.v = k[:, :, -self.window:].clone(), v[:, :, -self.window:].clone()
+            self.length = self.window
+            return k, v
+        if self.k is None or self.length + T > self.k.size(2):
+            shape = (k.size(0), k.size(1), max(64, 2 * (keep + T)), k.size(3))
             old_k, old_v = self.k, self.v
             self.k, self.v = k.new_empty(shape), v.new_empty(shape)
-            if start:
-                self.k[:, :, :start], self.v[:, :, :start] = old_k[:, :, :start], old_v[:, :, :start]
-        self.k[:, :, start:self.length], self.v[:, :, start:self.length] = k, v
-        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+            if keep:
+                self.k[:, :, :keep] = old_k[:, :, start:self.length]
+                self.v[:, :, :keep] = old_v[:, :, start:self.length]
+            start, self.length = 0, keep
+        stop = self.length + T
+        self.k[:, :, self.length:stop], self.v[:, :, self.length:stop] = k, v
+        self.length = stop
+        return self.k[:, :, start:stop], self.v[:, :, start:stop]
+
+    def fix(self, size: int, position):
+        """From now on tokens come one by one and no shape changes: a ring of `size` slots, or of W if that is
+        less. `position` (1,) holds how many tokens were seen; whoever owns it counts on."""
+        size = min(size, self.window or size)
+        last, seen = min(self.length, size), int(position)
+        slots = torch.arange(seen - last, seen, device=self.k.device) % size
+        old_k, old_v = self.k, self.v
+        self.k, self.v = (x.new_zeros(x.size(0), x.size(1), size, x.size(3)) for x in (old_k, old_v))
+        self.k[:, :, slots] = old_k[:, :, self.length - last:self.length]
+        self.v[:, :, slots] = old_v[:, :, self.length - last:self.length]
+        self.position = position
+
+    def mask(self):
+        """(1, size), true for the slots of a ring that are filled; None while the cache grows."""
+        if self.position is None:
+            return None
+        return (torch.arange(self.k.size(2), device=self.k.device) <= self.position)[None]
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries: each of G key/value heads serves H/G query heads."""
+    """Causal self-attention with grouped queries: each of G key/value heads serves H/G query heads. With a
+    window a token sees itself and the window - 1 before it, in O(T W) time and memory."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, window: int = 0):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.window = cfg, window
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads or cfg.n_heads
         self.head_size = cfg.d_model // cfg.n_heads
         self.sizes = [n * self.head_size for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        self.qkv = nn.Linear(cfg.d_model, sum(self.sizes), bias=cfg.bias)
-        self.proj = nn.Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+        self.qkv = Linear(cfg.d_model, sum(self.sizes), bias=cfg.bias)
+        self.proj = Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
 
     def init_state(self) -> KVCache:
-        return KVCache()
+        return KVCache(self.window)
 
     def forward(self, x, rope, state: KVCache | None):
         B, T, C = x.shape
@@ -153,27 +229,47 @@ class Attention(nn.Module):
             q, k = norm(q, (self.head_size,)).to(v.dtype), norm(k, (self.head_size,)).to(v.dtype)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        mask = None
         if state is not None:
             k, v = state.append(k, v)  # (B, G, S, D)
+            mask = state.mask()  # (1, S) or None
         dropout = self.cfg.dropout if self.training else 0.0
-        if self.cfg.flash and x.device.type == "cpu" and T > 1:
-            y = block_attention(q, k, v, 0, dropout)
-            return self.proj(y.transpose(1, 2).reshape(B, T, C))
-        if self.n_kv_heads < self.n_heads:
-            repeats = self.n_heads // self.n_kv_heads
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, D)
-        y = self.attend(q, k, v, self.cfg.dropout if self.training else 0.0)  # (B, H, T, D)
+        if T == 1:  # it sees all that is there, so the queries of a group can be rows of one product
+            q = q.view(B, self.n_kv_heads, -1, self.head_size)  # (B, G, H/G, D)
+            y = self.weigh(q, k, v, mask, False, dropout)  # (B, G, H/G, D)
+            return self.proj(y.reshape(B, 1, C))  # (B, 1, C)
+        y = self.attend(q, k, v, dropout)  # (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
     def attend(self, q, k, v, dropout: float):
-        T, S = q.size(2), k.size(2)
-        mask = None
-        if not self.cfg.flash or 1 < T < S:  # without a cache S = T, and the kernel makes the mask itself
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # query t is at S - T + t
-        if self.cfg.flash:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=T == S and T > 1)
+        """q (B, H, T, D), the last T of the S tokens of k and v (B, G, S, D) -> (B, H, T, D)."""
+        T, S, flash = q.size(2), k.size(2), self.cfg.flash
+        window = self.window if self.window < S else 0
+        flex = (window and flash and q.is_cuda and T == S and not dropout and self.head_size >= 16
+                and torch.cuda.get_device_capability(q.device) >= (8, 0))
+        if flash and (q.device.type == "cpu" or window and not flex):
+            return block_attention(q, k, v, window, dropout)
+        if self.n_kv_heads < self.n_heads:
+            repeats = self.n_heads // self.n_kv_heads
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, D)
+        if flex:
+            return flex_attention()(q, k, v, block_mask=flex_mask(T, window, q.device))
+        causal = flash and T == S  # then the kernel makes the mask itself
+        mask = None if causal else causal_mask(T, S, window, q.device)
+        return self.weigh(q, k, v, mask, causal, dropout)
+
+    def weigh(self, q, k, v, mask, causal: bool, dropout: float):
+        """Softmax of q k / sqrt(D) over the keys that `mask` (T, S) lets through (with flash also `causal`
+        without one, for T = S), times v."""
+        # one query over a ring of 768 keys in bf16: the kernel for CPUs takes 297 us, the lines below 77, but
+        # 1,000 where S is new each time
+        slow = mask is not None and q.size(2) == 1 and q.device.type == "cpu" and q.dtype != torch.float32
+        if self.cfg.flash and not slow:
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # (B, H, T, S)
-        weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
         return F.dropout(weights, dropout) @ v  # (B, H, T, D)
 
 
@@ -182,8 +278,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = cfg.activation
         d_ff = cfg.d_ff or 4 * cfg.d_model
-        self.up = nn.Linear(cfg.d_model, 2 * d_ff if cfg.activation == "swiglu" else d_ff, bias=cfg.bias)
-        self.down = nn.Linear(d_ff, cfg.d_model, bias=cfg.bias)
+        self.up = Linear(cfg.d_model, 2 * d_ff if cfg.activation == "swiglu" else d_ff, bias=cfg.bias)
+        self.down = Linear(d_ff, cfg.d_model, bias=cfg.bias)
 
     def forward(self, x):
         h = self.up(x)  # (B, T, F), or (B, T, 2F) with a gate
@@ -197,9 +293,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
-        self.mixer_norm, self.mixer = make_norm(cfg), Attention(cfg)
+        sees_all = cfg.global_every and (layer + 1) % cfg.global_every == 0
+        self.mixer_norm, self.mixer = make_norm(cfg), Attention(cfg, 0 if sees_all else cfg.window)
         self.ff_norm, self.ff = make_norm(cfg), FeedForward(cfg)
         self.dropout = nn.Dropout(cfg.dropout)
 
@@ -212,8 +309,14 @@ class Block(nn.Module):
 class DecodingState:
     """What decoding carries from call to call, for every kind of mixer: tokens seen, and one entry per
     layer."""
-    length: int = 0
+    length: int = 0  # once fixed, a tensor (1,)
     layers: list = field(default_factory=list)
+
+    def fix(self, size: int, device):
+        """Make every further call take one token and keep all shapes, up to `size` tokens in all."""
+        self.length = torch.tensor([self.length], device=device)
+        for layer in self.layers:
+            layer.fix(size, self.length)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,9 +333,9 @@ class LM(nn.Module):
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.pos == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
         self.final_norm = make_norm(cfg)
-        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
+        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_parameters()
@@ -272,10 +375,10 @@ class LM(nn.Module):
         """tokens (B, T) -> the final norm's output (B, T, C), which the head reads."""
         start = state.length if state else 0
         stop = start + tokens.size(1)
-        if self.pos_embed is not None and stop > self.cfg.max_seq_len:
+        if self.pos_embed is not None and isinstance(stop, int) and stop > self.cfg.max_seq_len:
             raise ValueError(f"{stop} tokens, but learned positions end at max_seq_len="
                              f"{self.cfg.max_seq_len}; use fewer, or train with pos=rope or pos=none")
-        positions = torch.arange(start, stop, device=tokens.device)  # (T,)
+        positions = start + torch.arange(tokens.size(1), device=tokens.device)  # (T,)
         x = self.embed(tokens)  # (B, T, C)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)  # (B, T, C)
@@ -286,47 +389,74 @@ class LM(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, rope, state.layers[i] if state else None)
         if state:
-            state.length = stop
+            state.length += tokens.size(1)  # in place where it is a tensor
         return self.final_norm(x)
 
     def init_state(self) -> DecodingState:
         return DecodingState(0, [block.mixer.init_state() for block in self.blocks])
 
+    def step(self, tokens, state: DecodingState | None):
+        """tokens (B, T) -> logits (B, V) of what follows, in fp32."""
+        return self.head(self.hidden(tokens, state)[:, -1:])[:, 0].float()  # (B, V)
+
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
                  top_p: float = 1.0, repetition_penalty: float = 1.0, stop_tokens=(), generator=None,
-                 use_cache: bool = True):
-        """Yield one (B, 1) of new tokens per step after the prompts `tokens` (B, T), T >= 1; see sample_token
-        for the knobs.
+                 use_cache: bool = True, compile: bool = False):
+        """Yield one (B, 1) of new tokens per step after the prompts `tokens`: (B, T), T >= 1, or a list of B
+        tensors (T,) of any lengths; see sample_token for the knobs.
 
-        A row that has produced one of `stop_tokens` goes on repeating it, and generation ends when all rows
+        Every row goes on as it would alone. Prompts share their positions: what one has beyond the shortest
+        is read at one token a step while shorter ones already go on, so no mixer has to know of padding. A
+        row that has produced one of `stop_tokens` goes on repeating it, and generation ends when all rows
         have. Learned positions end at max_seq_len: past it the model goes on from the last max_seq_len // 2
         tokens, with a warning. use_cache=False recomputes everything at each step (the same tokens, for
-        tests). Call model.eval() first.
+        tests). compile=True compiles the decoding step, once for each 256 tokens of final length: it pays
+        from some thousand tokens on. Call model.eval() first.
         """
-        if tokens.dim() != 2 or not tokens.size(1):
-            raise ValueError(f"expected a prompt (B, T) of T >= 1, got shape {tuple(tokens.shape)}")
+        lengths = [t.numel() if t.dim() == 1 else 0 for t in tokens]
+        if min(lengths, default=0) < 1:
+            raise ValueError("expected prompts (B, T) of T >= 1 or a list of tensors (T,), got "
+                             + str(tuple(tokens.shape) if torch.is_tensor(tokens)
+                                   else [tuple(t.shape) for t in tokens]))
+        if compile and not use_cache:
+            raise ValueError("compile=True compiles the cached step; drop it, or use_cache=False")
+        given = nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)  # (B, longest)
+        shortest, longest, device = min(lengths), max(lengths), given.device
+        ends = torch.tensor(lengths, device=device)[:, None]  # (B, 1)
         limit = self.cfg.max_seq_len if self.pos_embed is not None else math.inf
-        stops = torch.tensor(list(stop_tokens), device=tokens.device, dtype=torch.long)
-        done = torch.zeros(tokens.size(0), 1, dtype=torch.bool, device=tokens.device)  # (B, 1)
-        start, state, unseen = 0, self.init_state(), tokens  # window's begin; not yet in the cache
-        for _ in range(max_new_tokens):
-            if tokens.size(1) - start > limit:
-                start = tokens.size(1) - max(1, limit // 2)
+        size = min(limit, -(-(longest + max_new_tokens) // 256) * 256)
+        compiled = torch.compile(self.step, fullgraph=True, dynamic=False,
+                                 mode="reduce-overhead" if device.type == "cuda" else None)
+        stops = torch.tensor(list(stop_tokens), device=device, dtype=torch.long)
+        done = torch.zeros_like(ends, dtype=torch.bool)  # (B, 1)
+        tokens = unseen = given[:, :shortest]  # unseen: not yet in the cache
+        start, state = 0, self.init_state()  # start: where the cache begins
+        for t in range(shortest, longest + max_new_tokens):
+            if t - start > limit:
+                start = t - max(1, limit // 2)
                 state, unseen = self.init_state(), tokens[:, start:]
                 warnings.warn(f"past max_seq_len={limit}: going on from the last {unseen.size(1)} tokens",
                               stacklevel=2)
             if not use_cache:
                 state, unseen = None, tokens[:, start:]
-            logits = self.head(self.hidden(unseen, state)[:, -1]).float()  # (B, V)
+            fixed = state is not None and torch.is_tensor(state.length)
+            logits = (compiled if fixed else self.step)(unseen, state)  # (B, V)
+            if compile and not fixed:
+                state.fix(size, device)
             new = sample_token(logits[:, :self.n_tokens], tokens, temperature, top_k, top_p,
                                repetition_penalty, generator)
-            new = torch.where(done, tokens[:, -1:], new)  # (B, 1)
+            last = tokens[:, -1:]  # (B, 1)
+            new = torch.where(torch.isin(last, stops) & (ends < t), last, new)  # (B, 1)
+            if t < longest:
+                new = torch.where(ends > t, given[:, t:t + 1], new)
             tokens, unseen = torch.cat((tokens, new), dim=1), new
-            yield new
-            done |= torch.isin(new, stops)
-            if done.all():
-                return
+            if t >= longest:
+                new = tokens.gather(1, ends + t - longest)  # (B, 1)
+                yield new
+                done |= torch.isin(new, stops)
+                if stop_tokens and done.all():
+                    return
 
     def count_parameters(self) -> dict[str, int]:
         """`total`; `non_embedding`: without token and position tables and an untied head's matrix; `matmul`:
@@ -339,17 +469,21 @@ class LM(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward and backward: 6 per multiplied parameter and 12 C T per layer for attention, not discounted
-        for the causal half (PaLM, appendix B, the convention of published MFU figures)."""
-        return 6 * self.count_parameters()["matmul"] + 12 * self.cfg.n_layers * self.cfg.d_model * seq_len
+        for the causal half (PaLM, appendix B, the convention of published MFU figures); W for T where a layer
+        is local and sees less."""
+        seen = sum(min(block.mixer.window or seq_len, seq_len) for block in self.blocks)
+        return 6 * self.count_parameters()["matmul"] + 12 * self.cfg.d_model * seen
 
 
-def load_model(path: str, device="cpu") -> tuple[LM, dict]:
-    """The model of a checkpoint or run folder, in eval mode, and everything else the checkpoint holds."""
+def load_model(path: str, device="cpu", dtype: str = "fp32") -> tuple[LM, dict]:
+    """The model of a checkpoint or run folder, in eval mode with its weights in fp32, bf16 or fp16, and
+    everything else the checkpoint holds."""
     saved = checkpoint.load(path, keys=("model", "config", "tokenizer"))
     names = {f.name for f in fields(ModelConfig)}
     model = LM(ModelConfig(**{k: v for k, v in saved["config"].items() if k in names}))
     checkpoint.load_weights(model, saved.pop("model"), path)
-    return model.to(device).eval(), saved
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    return model.to(device, kind).eval(), saved
 
 
 # ------------------------------------------------------------------------------------------------------------
