@@ -23,7 +23,6 @@ whole process's (on CUDA, what torch allocated). Ours is timed through train.tak
 trains. Tokens are random. FLOPs are those of model.flops_per_token, set against the fastest large matrix
 product measured in the same precision.
 """
-import functools
 import importlib.util
 import json
 import math
@@ -36,8 +35,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, NamedTuple
 
@@ -57,6 +54,7 @@ from train import TrainConfig
 # Config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SPAWN = multiprocessing.get_context("spawn")  # a forked process would start with this one's peak memory
 SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "generate", "startup", "overhead", "tiny")
 
 
@@ -361,52 +359,60 @@ def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
     return arms
 
 
-def in_child(work: Callable | None, device: str):
-    """All that an arm's process does: make its Runner, which stays there, and say what it is; or, without
-    work, run a round and return its value and the peak memory so far. Errors come back as text."""
-    global runner
+def child(pipe, cfg: BenchConfig, arm: Arm, folder: str) -> None:
+    """An arm's process: at the first message make its Runner and say what it is, at each further one run a
+    round. It ends with the pipe, so when the parent does, however that ends. Errors are sent as text."""
     sys.stdout = open(os.devnull, "w")  # the table is the parent's
     try:
-        if work:
-            runner = work()
-            return runner._replace(measure=None)
-        return runner.measure(), distributed.peak_memory(distributed.setup(device).device)
+        pipe.recv()
+        runner = arm.make(cfg, arm.shape, folder, **arm.options)
+        pipe.send(runner._replace(measure=None))
+        while True:
+            pipe.recv()
+            pipe.send((runner.measure(), distributed.peak_memory(distributed.setup(cfg.device).device)))
+    except (EOFError, KeyboardInterrupt):
+        pass
     except Exception:
-        return traceback.format_exc()
+        pipe.send(traceback.format_exc())
 
 
 def race(name: str, arms: list[Arm], cfg: BenchConfig, folder: str, bar: tqdm) -> list[Row]:
-    rows = [Row(name, arm.label) for arm in arms]
-    # spawn: a forked process would begin with this one's threads and peak memory
-    pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in arms]
-    for pool in pools:
-        pool.submit(int)  # all import torch at once, before anything is timed
+    rows, pipes, processes = [Row(name, arm.label) for arm in arms], [], []
+    for arm in arms:  # all import torch at once; nothing is timed yet
+        pipe, theirs = SPAWN.Pipe()
+        pipes.append(pipe)
+        processes.append(SPAWN.Process(target=child, args=(theirs, cfg, arm, folder), daemon=True))
+        processes[-1].start()
+        theirs.close()  # else its death would not end the pipe
 
-    def ask(row: Row, pool, work=None):
+    def ask(row: Row, pipe):
         bar.set_description_str(f"{name}, {row.arm}")
-        try:
-            answer = row.error or pool.submit(in_child, work, cfg.device).result()
-        except BrokenProcessPool:
-            answer = "its process was killed; out of memory?"
         bar.update()
+        if row.error:
+            return None
+        try:
+            pipe.send(None)
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            answer = "its process died; out of memory?"
         if isinstance(answer, str):
-            if not row.error:
-                print(f"{name}, {row.arm} failed: {answer}", file=sys.stderr)
+            print(f"{name}, {row.arm} failed: {answer}", file=sys.stderr)
             row.error = answer.strip().splitlines()[-1]
             return None
         return answer
 
-    for row, pool, arm in zip(rows, pools, arms, strict=True):
-        if made := ask(row, pool, functools.partial(arm.make, cfg, arm.shape, folder, **arm.options)):
+    for row, pipe in zip(rows, pipes, strict=True):
+        if made := ask(row, pipe):
             row.arm += f": {made.note}" if made.note else ""
             row.unit, row.dtype, row.flops_per_token = made.unit, made.dtype, made.flops
     for i in range(cfg.rounds):
-        for row, pool in list(zip(rows, pools, strict=True))[::-1 if i % 2 else 1]:
-            if measured := ask(row, pool):
+        for row, pipe in list(zip(rows, pipes, strict=True))[::-1 if i % 2 else 1]:
+            if measured := ask(row, pipe):
                 row.values.append(measured[0])
                 row.peak_gb = measured[1] if row.unit == "tok/s" else None
-    for pool in pools:
-        pool.shutdown()
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.close()
+        process.join()  # its memory is the next shape's
     return rows
 
 
@@ -486,8 +492,8 @@ def main(cfg: BenchConfig) -> dict:
     """Print the table; returns what --json writes: config, machine, rows."""
     check_peers(cfg)
     talk = (lambda text: None) if cfg.json == "-" else say
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        machine = pool.submit(measure_machine, cfg.device).result()
+    with SPAWN.Pool(1) as pool:
+        machine = pool.apply(measure_machine, [cfg.device])
     rates = ", ".join(f"{k} {v:,.0f} GFLOP/s" for k, v in machine["limits"].items() if k != "copy")
     talk(f"{machine['name']}, torch {machine['torch']}; matrix products {rates}; "
          f"copy {machine['limits']['copy']:.1f} GB/s\n{aligned(HEAD)}")
