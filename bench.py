@@ -17,7 +17,7 @@ Shapes
     tiny          a model of nothing, to see that all this works
 
 Method: what is compared takes turns. Each arm is a process of its own, which warms up and then waits; in
-every round each runs alone for --steps steps, and the order reverses from round to round, so that drift hits
+every round each runs alone for some steps, and the order reverses from round to round, so that drift hits
 all alike. Ratios are taken within a round and printed as min-median-max over the rounds. Peak memory is the
 whole process's (on CUDA, what torch allocated). Ours is timed through train.take_step, the function that
 trains. Tokens are random. FLOPs are those of model.flops_per_token, set against the fastest large matrix
@@ -61,12 +61,12 @@ SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "generate", "start
 @dataclass
 class BenchConfig(Config):
     # what
-    shapes: str = "exp1,exp3,exp6,d256,local,generate,startup,overhead"  # separated by commas
+    shapes: str = ""  # separated by commas; "" = exp1,exp3,exp6,d256,generate,startup,overhead
     peer: tuple[str, ...] = ()  # a nanoGPT checkout's folder, or transformers; may be repeated
     json: str = ""  # also write the results to this file; - = print them in place of the table
     # how
     rounds: int = 5  # alternations of the arms
-    steps: int = 3  # training steps of an arm in a round
+    steps: int = 0  # training steps of an arm in a round; 0 = about a second of them
     dropout: float = 0.0  # everyone's
     # machine (ours; peers run in fp32 as shipped, and at their best)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps; everyone's
@@ -75,10 +75,13 @@ class BenchConfig(Config):
 
     def problems(self) -> list[str]:
         out = [f"no shape '{name}'; there are {', '.join(SHAPES)}"
-               for name in self.shapes.split(",") if name not in SHAPES]
-        out += [f"{key} must be at least 1, got {getattr(self, key)}"
-                for key in ("rounds", "steps") if getattr(self, key) < 1]
+               for name in self.shapes.split(",") if self.shapes and name not in SHAPES]
+        out += [f"{key} must be at least {least}, got {getattr(self, key)}"
+                for key, least in (("rounds", 1), ("steps", 0)) if getattr(self, key) < least]
         return out + ([] if 0 <= self.dropout < 1 else [f"dropout must be in [0, 1), got {self.dropout}"])
+
+    def derive(self) -> None:
+        self.shapes = self.shapes or "exp1,exp3,exp6,d256,generate,startup,overhead"
 
 
 class Shape(NamedTuple):
@@ -142,17 +145,19 @@ def timed(work: Callable, times: int, device) -> float:
     return time.perf_counter() - began
 
 
-def warm_up(step: Callable, device) -> None:
-    """At least three steps, until one is not much slower than the fastest so far."""
+def warm_up(step: Callable, device, steps: int) -> int:
+    """Runs at least three steps, until one is not much slower than the fastest so far; returns how many make
+    a round."""
     times = []
     while len(times) < 3 or times[-1] > 1.2 * min(times) and len(times) < 8:
         times.append(timed(step, 1, device))
+    return steps or max(1, round(1 / min(times)))
 
 
 def training(step: Callable, shape: Shape, cfg: BenchConfig, device) -> Callable[[], float]:
-    warm_up(step, device)
-    tokens = cfg.steps * shape.batch * shape.model["max_seq_len"]
-    return lambda: tokens / timed(step, cfg.steps, device)
+    steps = warm_up(step, device, cfg.steps)
+    tokens = steps * shape.batch * shape.model["max_seq_len"]
+    return lambda: tokens / timed(step, steps, device)
 
 
 def load_ours(cfg: BenchConfig, shape: Shape, folder: str):
@@ -193,11 +198,11 @@ def overhead(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
     torch.Tensor.backward = clocked(torch.Tensor.backward)
     torch.nn.utils.clip_grad_norm_ = clocked(torch.nn.utils.clip_grad_norm_)
     job.optimizer.step = clocked(job.optimizer.step)
-    warm_up(lambda: train.take_step(job, net), device)
+    steps = warm_up(lambda: train.take_step(job, net), device, cfg.steps)
 
     def measure() -> float:
         seen[0] = 0.0
-        whole = timed(lambda: train.take_step(job, net), cfg.steps, device)
+        whole = timed(lambda: train.take_step(job, net), steps, device)
         return 100 * (1 - seen[0] / whole)
 
     return Runner(measure, unit="% of a step", note=describe(job))

@@ -126,11 +126,14 @@ def test_warm_up_goes_on_until_steps_are_steady(monkeypatch):
     def steps(*seconds):
         times = iter(seconds)
         monkeypatch.setattr(bench, "timed", lambda *_: next(times))
-        bench.warm_up(None, None)
+        assert bench.warm_up(None, None, 7) == 7
         return len(seconds) - len(list(times))
 
     assert steps(9, 1, 1, 1) == 3 and steps(9, 9, 3, 1, 5, 1.1, 1) == 3
     assert steps(1, 1, 5, 1.1, 1) == 4 and steps(*([1] + [2] * 20)) == 8
+    for seconds, expected in ((0.1, 10), (3.0, 1)):
+        monkeypatch.setattr(bench, "timed", lambda *_, seconds=seconds: seconds)
+        assert bench.warm_up(None, None, 0) == expected
 
 
 @pytest.mark.parametrize("vocab_size", [512, 8192, 50257])
