@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint
+.PHONY: demo test test-slow lint bench
 
 demo: $(VENV)/run
 	$(RUN) prepare_data.py shakespeare
@@ -18,6 +18,9 @@ test-slow: $(VENV)/dev
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
+
+bench: $(VENV)/run
+	$(RUN) bench.py
 
 $(VENV)/run: requirements.txt
 	@echo "making $(VENV) and installing torch and the rest; the first time this can take minutes"

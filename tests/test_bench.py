@@ -1,0 +1,196 @@
+"""bench.py: real small races with a stand-in for nanoGPT, and the arithmetic of the table."""
+import importlib.util
+import itertools
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+from bench import BenchConfig, Row
+from common import data, tokenizer
+from common.config import ConfigError, UserError
+
+STAND_IN = '''
+import os
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+def refuse(model):
+    raise ValueError("no compiler here")
+
+torch.compile = refuse
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config == GPTConfig(32, 512, 2, 2, 32, 0.0, True)
+        print("number of parameters")  # must not get into the table
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.head = nn.Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, idx, targets):
+        assert idx.shape == targets.shape == (2, 32) and torch.equal(idx[:, 1:], targets[:, :-1])
+        logits = self.head(self.embed(idx))
+        return logits, nn.functional.cross_entropy(logits.view(-1, 512), targets.view(-1))
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        assert (weight_decay, betas, device_type) == (0.1, (0.9, 0.95), "cpu")
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate)
+
+    def generate(self, idx, max_new_tokens):
+        assert not self.training
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 3:  # to warm up, round 1, round 2
+            os._exit(1)
+        for _ in range(max_new_tokens):
+            idx = torch.cat((idx, self.head(self.embed(idx[:, -1:])).argmax(-1)), dim=1)
+        return idx
+'''
+
+
+def test_races_with_a_peer_that_fails_to_compile_and_then_dies(tmp_path, monkeypatch, capfd):
+    (tmp_path / "standin").mkdir()
+    (tmp_path / "standin" / "model.py").write_text(STAND_IN)
+    tiny, out = bench.shape_of("tiny"), tmp_path / "bench.json"
+    monkeypatch.setattr(bench, "shape_of", lambda name: tiny)
+    result = bench.main(BenchConfig(
+        shapes="tiny,generate", peer=(str(tmp_path / "standin"),), rounds=2, steps=1, device="cpu",
+        dtype="fp32", compile="false", json=str(out)))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(result))
+    ours, shipped, compiled, text, peer_text = result["rows"]
+    limits = result["machine"]["limits"]
+    assert limits.keys() == {"fp32", "bf16", "copy"} and all(v > 0 for v in limits.values())
+
+    assert [r["arm"] for r in result["rows"][:2]] == ["nanoMem: fp32", "standin as shipped: fp32"]
+    for row in (ours, shipped, text):
+        assert not row["error"] and len(row["values"]) == 2 and min(row["values"]) > 0 < row["peak_gb"]
+    assert len(shipped["speed_ratio"]) == 3 and text["of_limit"] is None
+    model = bench.LM(bench.ModelConfig(**tiny.model))
+    assert ours["flops_per_token"] == shipped["flops_per_token"] == model.flops_per_token(32)
+    assert ours["of_limit"] == pytest.approx(
+        model.flops_per_token(32) * statistics.median(ours["values"]) / limits["fp32"] / 1e9)
+    assert shipped["memory_ratio"] == ours["peak_gb"] / shipped["peak_gb"]
+
+    assert compiled["error"] == "ValueError: no compiler here" and compiled["values"] == []
+    assert "died" in peer_text["error"] and len(peer_text["values"]) == 1 and not peer_text["speed_ratio"]
+    assert compiled["speed_ratio"] is compiled["of_limit"] is compiled["peak_gb"] is None
+    printed, errors = capfd.readouterr()
+    assert "in refuse\n" in errors and "standin: fp32 failed: its process died" in errors
+    lines = printed.splitlines()
+    assert len(lines) == 7 and "copy" in lines[0] and "number of parameters" not in printed
+    assert lines[4].split()[-3:] == ["failed", "n/a", "n/a"] and "failed" in lines[6]
+    assert f"{statistics.median(ours['values']):,.0f} tok/s" in lines[2]
+    assert "{:.2f}-{:.2f}-{:.2f}x".format(*shipped["speed_ratio"]) in lines[3]
+    assert len({line.rindex(" GB") for line in lines[2:4] + lines[5:]}) == 1, "columns are aligned"
+
+
+def test_ratios_and_shares_by_hand():
+    rng = np.random.default_rng(0)
+    ours, peer, other = (Row("s", name, "tok/s", dtype, flops, list(rng.uniform(1, 9, 5)), gb)
+                         for name, dtype, flops, gb in
+                         (("a", "bf16", 2e9, 1.0), ("b", "fp32", 0.0, 4.0), ("c", "fp16", 0.0, 2.0)))
+    bench.compare([ours, peer, other], {"fp32": 100.0, "bf16": 400.0})
+    assert ours.speed_ratio is None and ours.of_limit == sorted(ours.values)[2] * 2e9 / 400e9
+    assert peer.of_limit == sorted(peer.values)[2] * 2e9 / 100e9 and other.of_limit is None
+    quotients = sorted(ours.values[i] / peer.values[i] for i in range(5))
+    assert peer.speed_ratio == (quotients[0], quotients[2], quotients[4]) and peer.memory_ratio == 0.25
+
+
+def test_nothing_is_invented():
+    good, failed = Row("s", "a", "tok/s", "fp32", 1e9, [1.0], 1.0), Row("s", "b", error="boom")
+    for rows in ([good, failed], [failed, good]):
+        bench.compare(rows, {"fp32": 100.0})
+        assert failed.speed_ratio is failed.of_limit is good.speed_ratio is good.memory_ratio is None
+    assert good.of_limit == 0.01 and bench.cells(failed)[2:] == ("failed", "n/a", "n/a", "", "")
+    seconds = Row("startup", "a", "s", values=[3.0, 1.0, 2.5])
+    bench.compare([seconds], {"fp32": 1.0})
+    assert bench.cells(seconds)[2:] == ("2.50 s", "n/a", "n/a", "", "")
+
+
+def test_warm_up_goes_on_until_steps_are_steady(monkeypatch):
+    def steps(*seconds):
+        times = iter(seconds)
+        monkeypatch.setattr(bench, "timed", lambda *_: next(times))
+        assert bench.warm_up(None, None, 7) == 7
+        return len(seconds) - len(list(times))
+
+    assert steps(9, 1, 1, 1) == 3 and steps(9, 9, 3, 1, 5, 1.1, 1) == 3
+    assert steps(1, 1, 5, 1.1, 1) == 4 and steps(*([1] + [2] * 20)) == 8
+    for seconds, expected in ((0.1, 10), (3.0, 1)):
+        monkeypatch.setattr(bench, "timed", lambda *_, seconds=seconds: seconds)
+        assert bench.warm_up(None, None, 0) == expected
+
+
+@pytest.mark.parametrize("vocab_size", [512, 8192, 50257])
+def test_data_folder_is_one_that_training_reads(tmp_path, vocab_size):
+    folder = bench.write_data(str(tmp_path), vocab_size)
+    meta, tok = data.read_meta(folder), tokenizer.load(folder)
+    assert tok.vocab_size == vocab_size and tok.fingerprint == meta["tokenizer"]["fingerprint"]
+    tokens = data.open_tokens(folder, "train", meta)
+    assert vocab_size * 0.99 < tokens.max() < vocab_size and len(np.unique(tokens)) > 0.99 * vocab_size
+    assert len(data.open_tokens(folder, "val", meta)) > 1
+
+
+def test_shapes_are_those_the_bars_name():
+    def of(name):
+        shape = bench.shape_of(name)
+        keys = ("max_seq_len", "d_model", "n_layers", "n_heads", "vocab_size")
+        return shape.batch, *(shape.model[k] for k in keys)
+
+    assert of("exp3") == of("overhead") == (8, 512, 128, 4, 8, 50257)
+    assert of("exp6") == (4, 512, 512, 12, 8, 50257) and of("generate") == (1, *of("exp6")[1:])
+    assert of("d256") == (16, 256, 256, 8, 8, 8192) and bench.shape_of("exp7").model["pos"] == "rope"
+    assert all(bench.shape_of(name).model.get("flash", True) for name in bench.SHAPES)
+    arms = bench.arms_of("local", BenchConfig(), {})
+    assert [(a.shape.batch, a.shape.model["max_seq_len"], a.shape.model.get("window", 0)) for a in arms] == [
+        (1, 8192, 256), (16, 512, 256), (1, 8192, 0)]
+
+
+def test_who_takes_turns():
+    cfg = BenchConfig(peer=("x/nanoGPT/", "transformers"))
+    for device, dtype in (("cpu", "bf16"), ("cuda", "fp16")):
+        arms = bench.arms_of("exp3", cfg, {"device": device, "dtype": dtype})
+        shipped = ["nanoGPT as shipped: fp32"] * (device == "cpu")
+        assert [a.label for a in arms] == ["nanoMem", *shipped, f"nanoGPT compiled: {dtype}",
+                                           "transformers as shipped: fp32", f"transformers compiled: {dtype}"]
+        assert [a.options.get("compile") for a in arms[1:]] == [False, True, False, True][-len(arms) + 1:]
+    assert [a.label for a in bench.arms_of("generate", cfg, {})] == ["nanoMem", "nanoGPT", "transformers"]
+
+
+def test_refusals_say_what_to_type(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"(?s)--peer=.*nowhere.*model.py.*git clone .*nanoGPT"):
+        bench.main(BenchConfig(peer=(str(tmp_path / "nowhere"),)))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"(?s)not installed.*pip install transformers"):
+        bench.main(BenchConfig(peer=("transformers",)))
+    with pytest.raises(ConfigError, match="no shape 'exp8'; there are exp1, exp2") as error:
+        BenchConfig(shapes="exp8,tiny", rounds=0, dropout=1.0)
+    assert "rounds must be at least 1" in str(error.value) and "dropout must be in" in str(error.value)
+
+
+def test_a_clock_around_each_piece_leaves_the_rest(tmp_path, monkeypatch):
+    """Time passes only in steps of one per reading of the clock, so the share is a count."""
+    for owner, name in ((torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    shape = bench.shape_of("tiny")
+    runner = bench.overhead(BenchConfig(device="cpu", dtype="fp32", compile="false", steps=2), shape,
+                            bench.write_data(str(tmp_path), 512))
+    ticks = itertools.count()
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
+    # two steps, four pieces each: 8 ticks inside pieces of the 17 between the first and the last reading
+    assert runner.measure() == pytest.approx(100 * (1 - 8 / 17)) and math.isfinite(runner.measure())
