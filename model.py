@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from common import checkpoint
 from common.block_attention import block_attention
@@ -329,6 +330,7 @@ class LM(nn.Module):
         if not cfg.vocab_size:
             raise ValueError("vocab_size is 0: set it, or take it from the tokenizer as train.py does")
         self.cfg = cfg
+        self.checkpoint_activations = False  # keep only each block's input for backward, and run it again
         self.n_tokens = cfg.n_tokens or cfg.vocab_size
         self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.pos == "learned" else None
@@ -387,7 +389,10 @@ class LM(nn.Module):
             rope = rope_angles(positions, self.cfg.d_model // self.cfg.n_heads, self.cfg.rope_theta)
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, state.layers[i] if state else None)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, None, use_reentrant=False)
+            else:
+                x = block(x, rope, state.layers[i] if state else None)
         if state:
             state.length += tokens.size(1)  # in place where it is a tensor
         return self.final_norm(x)

@@ -11,6 +11,7 @@ those of the run that was never stopped. Everything a run leaves is in out/NAME/
 metrics.jsonl, samples.txt, loss.png; a run that ends adds its line to out/ledger.jsonl.
 """
 import contextlib
+import importlib.util
 import math
 import os
 import shlex
@@ -24,7 +25,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import checkpoint, data, distributed, tokenizer
+from common import checkpoint, data, distributed, memory, tokenizer
 from common.checkpoint import CheckpointError
 from common.config import UserError, run
 from common.runlog import RunLog, git_commit, say
@@ -49,14 +50,16 @@ class TrainConfig(ModelConfig):
     # machine (may change when a run is continued)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; weights stay fp32
-    compile: bool = False  # torch.compile: a slow start, then faster steps
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = on CUDA, for long runs
+    checkpoint_activations: bool = False  # run each block again in backward: less memory, a third more time
+    memory_gb: float = 0.0  # what micro_batch_size=0 may fill; 0 = what is free now
     # length: whichever ends first
     epochs: float = 1.0  # passes over the training windows; 0 = no limit
     max_steps: int = 0  # optimiser steps; 0 = no limit
     max_minutes: float = 0.0  # length of this session, which is saved and can be continued; 0 = no limit
     # batch
     batch_size: int = 32  # sequences per optimiser step, over all processes
-    micro_batch_size: int = 0  # sequences one process runs at once; 0 = its whole share of the batch
+    micro_batch_size: int = 0  # sequences one process runs at once; 0 = the most that fit in memory
     # optimiser
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd uses beta1 as momentum
     lr: float = 1e-3  # peak learning rate
@@ -84,7 +87,7 @@ class TrainConfig(ModelConfig):
                 out.append(f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("micro_batch_size", "epochs", "max_steps", "max_minutes", "warmup_steps", "eval_interval",
                     "patience", "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip",
-                    "lr", "seed"):
+                    "lr", "seed", "memory_gb"):
             if not 0 <= getattr(self, key) < math.inf:
                 out.append(f"{key} must be a number that is not negative, got {getattr(self, key)}")
         for key, top in (("min_lr_ratio", 1), ("decay_fraction", 1), ("beta1", 1), ("beta2", 1)):
@@ -106,9 +109,9 @@ class TrainConfig(ModelConfig):
 
 
 # A continued run may differ in these: where and how fast it computes and what it prints, not what it learns.
-MAY_CHANGE = {"name", "out_dir", "data", "overwrite", "dry_run", "device", "dtype", "compile",
-              "micro_batch_size", "max_minutes", "eval_lens", "prompts", "sample_tokens", "log_interval",
-              "save_minutes"}
+MAY_CHANGE = {"name", "out_dir", "data", "overwrite", "dry_run", "device", "dtype", "compile", "memory_gb",
+              "checkpoint_activations", "micro_batch_size", "max_minutes", "eval_lens", "prompts",
+              "sample_tokens", "log_interval", "save_minutes"}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,8 +133,8 @@ class Plan:
         return step * cfg.batch_size // self.per_epoch > (step - 1) * cfg.batch_size // self.per_epoch
 
 
-def make_plan(cfg: TrainConfig, world: int, per_epoch: int) -> Plan:
-    micro = cfg.micro_batch_size or max(1, cfg.batch_size // world)
+def make_plan(cfg: TrainConfig, world: int, per_epoch: int, micro: int = 0) -> Plan:
+    micro = cfg.micro_batch_size or micro or max(1, cfg.batch_size // world)
     if cfg.batch_size % (micro * world):
         fits = math.ceil(cfg.batch_size / (micro * world)) * micro * world
         raise UserError(f"batch_size={cfg.batch_size} does not split into {world} processes x "
@@ -141,38 +144,33 @@ def make_plan(cfg: TrainConfig, world: int, per_epoch: int) -> Plan:
     return Plan(world, micro, cfg.batch_size // (micro * world), per_epoch, min(ends))
 
 
-def describe(cfg: TrainConfig, plan: Plan, model: LM, dist, dtype: str, why: str) -> str:
-    """The plan in equations; without data (dry_run only) what can be said without."""
-    n, seq, name = model.count_parameters(), cfg.max_seq_len, distributed.device_name(dist.device)
-    epoch, total, flops = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq, model.flops_per_token(seq)
-    many, memory = "es" * (plan.world > 1), estimate_memory(cfg, plan, model, dtype)
-    lines = [
-        f"device      {name}; {dtype}: {why}" + ("; compiled" if cfg.compile else ""),
-        f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings)",
-        f"batch       {plan.world} process{many} x {plan.accumulation} accumulated x {plan.micro} = "
-        f"{cfg.batch_size} sequences; x {seq} = {cfg.batch_size * seq:,} tokens a step",
-        f"memory      about {memory / 1e9:.1f} GB: weights, gradients, optimiser, activations, logits",
-        f"cost        {flops / 1e6:.1f} MFLOPs per token"
-        + (f", {flops * total:.2e} FLOPs for the run" if epoch else "")]
-    if not epoch:
-        return "\n".join([*lines, f"epoch       not known: no tokens in {cfg.data} yet"])
-    return "\n".join([
-        *lines,
-        f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 "
-        "(Chinchilla 20:1)",
-        f"run         {plan.steps:,} steps = {total / epoch:.2f} epochs = {total:,} tokens; "
-        f"D/N {total / n['total']:.2f}:1"])
+def peak_memory(cfg: TrainConfig, needs: memory.Needs, world: int, micro: int) -> float:
+    return needs.peak(micro, gradients_stay=world > 1 or micro * world < cfg.batch_size)
 
 
-def estimate_memory(cfg: TrainConfig, plan: Plan, model: LM, dtype: str) -> float:
-    """Bytes, roughly: 16 per parameter with AdamW (12 with SGD); per token and layer about 12 C + 3 F
-    activations; logits with their log-softmax and gradient."""
-    tokens, width = plan.micro * cfg.max_seq_len, 4 if dtype == "fp32" else 2
-    per_layer = 12 * cfg.d_model + 3 * (cfg.d_ff or 4 * cfg.d_model)
-    if not cfg.flash:
-        per_layer += 3 * cfg.n_heads * cfg.max_seq_len
-    return (model.count_parameters()["total"] * (16 if cfg.optimizer == "adamw" else 12)
-            + tokens * (cfg.n_layers * per_layer * width + cfg.vocab_size * (8 + width)))
+def largest_micro_batch(cfg: TrainConfig, needs: memory.Needs, dist, room: float) -> int:
+    """The largest part of a process's share of the batch that fits into `room` bytes."""
+    share = max(1, cfg.batch_size // dist.world)
+    fits = [n for n in range(1, share + 1) if share % n == 0
+            and peak_memory(cfg, needs, dist.world, n) <= room]
+    if not fits and not cfg.dry_run:
+        least = peak_memory(cfg, needs, dist.world, 1)
+        raise UserError(f"one sequence at a time needs about {least / 1e9:.1f} GB, but there is room for "
+                        f"{room / 1e9:.1f} GB on {dist.device.type}; use --checkpoint_activations, a smaller "
+                        "--max_seq_len or model, or --micro_batch_size=1 to try it nevertheless")
+    return int(dist.sum(max(fits, default=1) if dist.is_main else 0)[0])  # the same everywhere
+
+
+def choose_compile(cfg: TrainConfig, flops: float, device) -> tuple[bool, str]:
+    """(whether to compile; the reason), for a run of so many FLOPs."""
+    if cfg.compile != "auto":
+        return cfg.compile == "true", "as asked"
+    if device.type != "cuda":
+        return False, "saves nothing here"  # measured on CPU: the loss and attention are not compiled anyway
+    if not importlib.util.find_spec("triton"):
+        return False, "triton is not installed"
+    # a minute of compiling against a fifth or more of the time; small GPUs reach about 1e13 FLOP/s
+    return (True, "a long run") if flops > 5e15 else (False, "the run is too short to earn it back")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,6 +286,8 @@ class Job:
     windows: data.Windows
     val_tokens: object
     plan: Plan
+    needs: memory.Needs  # of memory
+    compiled: bool
     model: LM
     flops_per_token: float
     peak_flops: float  # of all devices together, 0 where not known
@@ -295,6 +295,7 @@ class Job:
     scaler: torch.amp.GradScaler
     progress: Progress
     log: RunLog | None = None  # only in the main process
+    ahead: dict[int, tuple] = field(default_factory=dict)  # the next micro-batch by its first sample
 
     def save(self, name: str) -> None:
         if self.log:
@@ -320,17 +321,50 @@ def load_job(cfg: TrainConfig, dist) -> Job:
         if cfg.train_tokens > len(train_tokens):
             raise UserError(f"train_tokens={cfg.train_tokens:,}, but {cfg.data} has {len(train_tokens):,}")
         windows = data.Windows(train_tokens[:cfg.train_tokens or None], cfg.max_seq_len, cfg.seed)
-    plan = make_plan(cfg, dist.world, windows.per_epoch if windows else 0)
+    needs = memory.Needs(lambda: LM(cfg), cfg, dtype, dist.device)
+    room = 1e9 * cfg.memory_gb or needs.base + 0.9 * memory.free_memory(dist.device) / (
+        dist.world if dist.device.type == "cpu" else 1)
+    micro = cfg.micro_batch_size or largest_micro_batch(cfg, needs, dist, room)
+    plan = make_plan(cfg, dist.world, windows.per_epoch if windows else 0, micro)
     torch.manual_seed(cfg.seed)
     model = LM(cfg).to(dist.device)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    flops = model.flops_per_token(cfg.max_seq_len)
+    tokens = plan.steps * cfg.batch_size * cfg.max_seq_len
+    compiled, why_compile = choose_compile(cfg, flops * tokens, dist.device)
+    job = Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, needs, compiled, model,
+              flops_per_token=flops, peak_flops=distributed.peak_flops(dist.device, dtype) * dist.world,
+              optimizer=make_optimizer(cfg, model),
+              scaler=torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16"),
+              progress=Progress(run_id=uuid.uuid4().hex[:12]))
     if dist.is_main:
-        say(describe(cfg, plan, model, dist, dtype, why))
-    return Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, model,
-               flops_per_token=model.flops_per_token(cfg.max_seq_len),
-               peak_flops=distributed.peak_flops(dist.device, dtype) * dist.world,
-               optimizer=make_optimizer(cfg, model),
-               scaler=torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16"),
-               progress=Progress(run_id=uuid.uuid4().hex[:12]))
+        say(describe(job, why, why_compile))
+    return job
+
+
+def describe(job: Job, why: str, why_compile: str) -> str:
+    """The plan in equations; without data (dry_run only) what can be said without."""
+    cfg, plan, device = job.cfg, job.plan, job.dist.device
+    n, seq, name = job.model.count_parameters(), cfg.max_seq_len, distributed.device_name(device)
+    epoch, total, flops = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq, job.flops_per_token
+    many, needed = "es" * (plan.world > 1), peak_memory(cfg, job.needs, plan.world, plan.micro) / 1e9
+    lines = [
+        f"device      {name}; {job.dtype}: {why}; {'compiled' if job.compiled else 'not compiled'}: "
+        f"{why_compile}",
+        f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings)",
+        f"batch       {plan.world} process{many} x {plan.accumulation} accumulated x {plan.micro} = "
+        f"{cfg.batch_size} sequences; x {seq} = {cfg.batch_size * seq:,} tokens a step",
+        f"memory      about {needed:.2f} GB at its peak" + " a process" * (plan.world > 1),
+        f"cost        {flops / 1e6:.1f} MFLOPs per token"
+        + (f", {flops * total:.2e} FLOPs for the run" if epoch else "")]
+    if not epoch:
+        return "\n".join([*lines, f"epoch       not known: no tokens in {cfg.data} yet"])
+    return "\n".join([
+        *lines,
+        f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 "
+        "(Chinchilla 20:1)",
+        f"run         {plan.steps:,} steps = {total / epoch:.2f} epochs = {total:,} tokens; "
+        f"D/N {total / n['total']:.2f}:1"])
 
 
 def begin_or_continue(job: Job) -> None:
@@ -466,10 +500,10 @@ def train(job: Job, stop: StopRequest) -> None:
 
 def wrap(job: Job):
     """The model as steps call it: compiled, and in DDP under torchrun."""
-    net = torch.compile(job.model) if job.cfg.compile else job.model
+    net = torch.compile(job.model) if job.compiled else job.model
     if job.dist.grouped:
         own = [job.dist.device.index] if job.dist.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=own)
+        net = DistributedDataParallel(net, device_ids=own, gradient_as_bucket_view=True)
     return net
 
 
@@ -499,7 +533,7 @@ def gradients(job: Job, net) -> tuple[float, float]:
     total = 0.0
     for i in range(plan.accumulation):
         sample = first + i * plan.micro
-        x, y = job.windows.batch(sample, plan.micro, dist.device)
+        x, y = job.ahead.pop(sample, None) or job.windows.batch(sample, plan.micro, dist.device)
         if cfg.dropout:
             # dropout is a function of (seed, sample): a continued run, or one on more processes, draws the
             # same masks
@@ -510,6 +544,8 @@ def gradients(job: Job, net) -> tuple[float, float]:
                 loss, _ = net(x, y)
             job.scaler.scale(loss / plan.accumulation).backward()
         total = total + loss.detach() / plan.accumulation
+        after = sample + (plan.micro if not last else cfg.batch_size - i * plan.micro)
+        job.ahead = {after: job.windows.batch(after, plan.micro, dist.device)}  # while a GPU still computes
     if job.progress.step == 0:
         idle = [name for name, p in job.model.named_parameters() if p.grad is None]
         assert not idle, f"parameters without a gradient: {idle}"
@@ -533,7 +569,8 @@ def evaluate_and_save(job: Job, stop: StopRequest, speed: float) -> bool:
     saved, and the evaluation is done when it is continued)."""
     cfg, progress, results = job.cfg, job.progress, {}
     for length in dict.fromkeys((cfg.max_seq_len, *cfg.eval_lens)):
-        batch_size = max(1, job.plan.micro * cfg.max_seq_len // length)
+        # without gradients far more fits than in training; at 2^14 tokens a GPU is busy and a laptop not full
+        batch_size = max(1, max(job.plan.micro * cfg.max_seq_len, 2**14) // length)
         results[length] = evaluate(job.model, job.val_tokens, job.meta["splits"]["val"], length, batch_size,
                                    job.dist, job.dtype, stop)
         if results[length] is None:

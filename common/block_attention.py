@@ -1,4 +1,4 @@
-"""Causal attention, global or local, a block of queries at a time: exact, differentiable, plain products.
+"""Causal attention, global or local, a block of queries at a time: plain products, differentiable.
 
     y = block_attention(q, k, v, window=256)   # (B, H, T, D), (B, G, S, D), (B, G, S, D) -> (B, H, T, D)
 

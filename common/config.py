@@ -65,10 +65,17 @@ def option_types(cls) -> dict[str, type]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
+def is_switch(kind) -> bool:
+    """Whether True, False and a flag alone make sense for it: bool, or Literal["auto", "true", "false"]."""
+    return kind is bool or "true" in typing.get_args(kind)
+
+
 def coerce(value, kind, where: str):
     """The value as `kind` (bool, int, float, str, Literal or tuple[item, ...]), or ValueError. 1e6 is an int
     where an int is wanted; 0.5, True and "3" are not."""
     if typing.get_origin(kind) is typing.Literal:
+        if isinstance(value, bool) and is_switch(kind):
+            value = str(value).lower()
         if value not in typing.get_args(kind):
             near = difflib.get_close_matches(str(value), typing.get_args(kind), n=1)
             raise ValueError(f"{where}: expected one of {', '.join(typing.get_args(kind))}; got {value!r}"
@@ -176,8 +183,9 @@ def load(cls, argv: list[str] | None = None):
             continue
         if not eq:
             follows = argv and not argv[0].startswith("--")
-            if kinds[key] is bool:
-                text = argv.pop(0) if follows and argv[0].lower() in ("true", "false") else "true"
+            if is_switch(kinds[key]):
+                known = ("true", "false", *typing.get_args(kinds[key]))
+                text = argv.pop(0) if follows and argv[0].lower() in known else "true"
             elif follows:
                 text = argv.pop(0)
             else:

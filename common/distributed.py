@@ -42,25 +42,30 @@ class Dist:
             dist.destroy_process_group()
 
 
+def pick_device(device: str = "auto") -> torch.device:
+    """cpu, cuda, cuda:N or mps as asked, refused if it is not there; auto = the best there is."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}, but this torch sees no CUDA device; use --device=auto")
+    if device.startswith("mps") and not torch.backends.mps.is_available():
+        raise UserError(f"device={device}, but this torch sees no Apple GPU; use --device=auto")
+    return torch.device(device)
+
+
 def setup(device: str = "auto") -> Dist:
     """Pick the device and, where torchrun's variables are set, always join the process group (NCCL on CUDA,
     else gloo)."""
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps and world == 1 else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but this torch sees no CUDA device; use --device=auto")
-    if device.startswith("mps") and not torch.backends.mps.is_available():
-        raise UserError(f"device={device}, but this torch sees no Apple GPU; use --device=auto")
-    if device == "cuda" and "RANK" in os.environ:
+    device = pick_device(device)
+    if device == torch.device("cuda") and "RANK" in os.environ:
         gpus = torch.cuda.device_count()
         if local >= gpus:
             raise UserError(f"process {local} of this machine has no GPU: torchrun starts more processes "
                             f"than the {gpus} GPUs here; use --nproc_per_node={gpus}")
-        device = f"cuda:{local}"
-    device = torch.device(device)
+        device = torch.device("cuda", local)
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":

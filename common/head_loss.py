@@ -17,10 +17,10 @@ SLICE_ELEMENTS = 2**21  # of a softmax on the CPU: 8 MB of float32 stay in its c
 
 def cross_entropy(x, weight, bias, targets):
     """Mean of -log softmax(x @ weight.T + bias)[target] in nats: x (N, C), weight (V, C), bias (V,) or None,
-    targets (N,), of which -1 do not count. Products run in autocast's dtype, or else x's; the softmax in
-    float32."""
-    counts = targets >= 0  # (N,)
-    return chunked_loss(x, weight, bias, counts.float(), nll_rows, targets.clamp(min=0)) / counts.sum()
+    targets (N,), of which -1 do not count (0 if none does). Products run in autocast's dtype, or else x's;
+    the softmax in float32."""
+    counts = (targets >= 0).float()  # (N,)
+    return chunked_loss(x, weight, bias, counts, nll_rows, targets.clamp(min=0)) / counts.sum().clamp(min=1)
 
 
 def nll_rows(logits, targets, grad: bool):
@@ -82,7 +82,8 @@ class ChunkedLoss(torch.autograd.Function):
                 if grad:
                     factor = row_weights[start:start + R, None]  # (R, 1)
                     dx[start:start + R] = (logits @ w[:, :C]) * factor
-                    dw += (rows * factor).to(dtype).t().contiguous() @ logits
+                    # a mean within the chunk: a sum over many rows may pass fp16's 65,504
+                    dw.add_((rows * (factor / R)).to(dtype).t().contiguous() @ logits, alpha=R)
             total = torch.dot(losses, row_weights)
         if grad:
             ctx.save_for_backward(dx, dw)

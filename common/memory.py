@@ -1,0 +1,71 @@
+"""What a training step will need, predicted before anything is allocated.
+
+Nothing here knows the architecture: what autograd keeps is counted on fake tensors, which have shapes but no
+memory, so the figure follows every change to model.py."""
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from common import distributed, head_loss
+
+
+def kept_by_autograd(make_model, sequences: int, seq_len: int, dtype: str, device) -> int:
+    """Bytes that a forward pass leaves for backward, without the parameters and what the loss keeps of the
+    size of the head."""
+    with FakeTensorMode(), torch.device(device):
+        model = make_model()
+        own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+        def count(x):
+            storage = x.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = storage  # held, so that no later one gets its address
+            return x
+
+        tokens = torch.zeros(sequences, seq_len, dtype=torch.long)
+        hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
+        with hooks, distributed.autocast(dtype, device):
+            hidden = model.hidden(tokens)
+        return sum(s.nbytes() for s in kept.values()) + 2 * 4 * hidden.numel()  # and its gradient, in float32
+
+
+class Needs:
+    """The peak memory of a training step of make_model(), in bytes, for any number of sequences at once.
+
+    Within 15 % of what was measured on the CPU for the ladder's shapes and their neighbours
+    (tests/test_memory.py). torch.compile usually needs less."""
+
+    def __init__(self, make_model, cfg, dtype: str, device):
+        one, two = (kept_by_autograd(make_model, n, cfg.max_seq_len, dtype, device) for n in (1, 2))
+        layer = (two - one) / cfg.n_layers
+        self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
+        if cfg.checkpoint_activations:  # the input of each block, and one block that is run again
+            self.fixed = 0
+            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 2 * layer
+        with FakeTensorMode():
+            self.parameters = sum(p.numel() * 4 for p in make_model().parameters())
+        self.states = self.parameters * (2 if cfg.optimizer == "adamw" else 1)
+        self.head = cfg.vocab_size * cfg.d_model * 4
+        self.logits = cfg.max_seq_len * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
+        self.base, self.slack = 0.0, 1.0
+        if device.type == "cpu":  # the whole process counts; and as measured: libraries, holes in the heap
+            self.base, self.slack = distributed.peak_memory(device) * 1e9 + 6e7, 1.08
+
+    def peak(self, sequences: int, gradients_stay: bool) -> float:
+        """`gradients_stay`: they are already there when a forward pass runs (accumulation, DDP)."""
+        loss = min(sequences * self.logits, head_loss.CHUNK_BYTES) + 2 * self.head
+        forward = self.fixed + sequences * self.per_sequence + loss + gradients_stay * self.parameters
+        backward = self.parameters + 2 * self.head  # gradients, and the two that make a tied embedding's
+        return self.base + self.slack * (self.parameters + self.states + max(forward, backward))
+
+
+def free_memory(device) -> float:
+    """Bytes that this process may still take, or infinity where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        with open("/proc/meminfo") as f:
+            return 1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        return float("inf")
