@@ -161,11 +161,9 @@ def training(step: Callable, shape: Shape, cfg: BenchConfig, device) -> Callable
 
 
 def load_ours(cfg: BenchConfig, shape: Shape, folder: str):
-    compile = {"true": True, "false": False}.get(cfg.compile, cfg.compile)
-    if compile == "auto" and TrainConfig.compile is False:  # until train.py knows auto
-        compile = True
     options = shape.model | {"dropout": cfg.dropout, "batch_size": shape.batch, "data": folder,
-                             "device": cfg.device, "dtype": cfg.dtype, "compile": compile}
+                             "micro_batch_size": shape.batch, "device": cfg.device, "dtype": cfg.dtype,
+                             "compile": cfg.compile}
     job = train.load_job(TrainConfig(**options, epochs=0, max_steps=10**6), distributed.setup(cfg.device))
     return job, train.wrap(job)
 
@@ -259,7 +257,7 @@ def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: st
     """nanoGPT's step: a batch from a freshly opened memory map, fetched while a GPU runs the forward pass;
     its own choice of AdamW; gradients clipped at 1. transformers takes the same step with fused AdamW, the
     default of its Trainer."""
-    device, length = distributed.setup(cfg.device).device, shape.model["max_seq_len"]
+    device, length = distributed.pick_device(cfg.device), shape.model["max_seq_len"]
     model, loss_of = load_peer(peer, shape, cfg.dropout)
     model.to(device).train()
     if peer == "transformers":
@@ -293,24 +291,26 @@ def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: st
     return Runner(training(step, shape, cfg, device), dtype=dtype)
 
 
-def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "") -> Runner:
+def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compile: bool = False) -> Runner:
     """As many tokens after a prompt of one as there are positions. Ours and transformers' are greedy and have
     a cache; nanoGPT's has none and always samples."""
-    device, length = distributed.setup(cfg.device).device, shape.model["max_seq_len"]
+    device = distributed.pick_device(cfg.device) if peer else distributed.setup(cfg.device).device
+    length = shape.model["max_seq_len"]
     name, _ = distributed.choose_dtype(cfg.dtype, device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     model = load_peer(peer, shape, 0.0)[0] if peer else LM(ModelConfig(**shape.model))
     model.to(device, dtype).eval()
     prompt = torch.ones(1, 1, dtype=torch.long, device=device)  # (1, 1)
-    options = {} if peer else {"temperature": 0}
+    options = {} if peer else {"temperature": 0, "compile": compile}
     if peer == "transformers":
         options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
 
     def tokens(n):
         return list(model.generate(prompt, max_new_tokens=n, **options))
 
-    tokens(8 if peer else length)  # to warm up; ours may compile for each size of its cache
-    return Runner(lambda: length / timed(lambda: tokens(length), 1, device), note=name)
+    tokens(length if compile else 8)  # to warm up; a compiled step belongs to one size of the cache
+    note = name + ", compiled" * compile
+    return Runner(lambda: length / timed(lambda: tokens(length), 1, device), note=note)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -350,7 +350,11 @@ def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
         return [Arm("window 256, T 8192", train_ours, shape._replace(model=local)),
                 Arm("window 256, T 512", train_ours, Shape(16, local | {"max_seq_len": 512})),
                 Arm("global, T 8192", train_ours, shape)]
-    arms = [Arm("nanoMem", generate if name == "generate" else train_ours, shape)]
+    if name == "generate":
+        arms = [Arm("nanoMem", generate, shape, {"compile": yes}) for yes in (True, False)
+                if not yes or cfg.compile != "false"]
+    else:
+        arms = [Arm("nanoMem", train_ours, shape)]
     for peer in cfg.peer:
         title = os.path.basename(os.path.abspath(peer))
         if name == "generate":
@@ -374,7 +378,7 @@ def child(pipe, cfg: BenchConfig, arm: Arm, folder: str) -> None:
         pipe.send(runner._replace(measure=None))
         while True:
             pipe.recv()
-            pipe.send((runner.measure(), distributed.peak_memory(distributed.setup(cfg.device).device)))
+            pipe.send((runner.measure(), distributed.peak_memory(distributed.pick_device(cfg.device))))
     except (EOFError, KeyboardInterrupt):
         pass
     except Exception:

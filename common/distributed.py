@@ -66,8 +66,6 @@ def setup(device: str = "auto") -> Dist:
             raise UserError(f"process {local} of this machine has no GPU: torchrun starts more processes "
                             f"than the {gpus} GPUs here; use --nproc_per_node={gpus}")
         device = torch.device("cuda", local)
-    if device.type == "cpu":
-        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain

@@ -38,9 +38,9 @@ class Needs:
         one, two = (kept_by_autograd(make_model, n, cfg.max_seq_len, dtype, device) for n in (1, 2))
         layer = (two - one) / cfg.n_layers
         self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
-        if cfg.checkpoint_activations:  # the input of each block, and one block that is run again
+        if cfg.checkpoint_activations:  # the input of each block; one block run again, and its gradients (measured)
             self.fixed = 0
-            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 2 * layer
+            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 2.5 * layer
         with FakeTensorMode():
             self.parameters = sum(p.numel() * 4 for p in make_model().parameters())
         self.states = self.parameters * (2 if cfg.optimizer == "adamw" else 1)

@@ -1,4 +1,5 @@
 """bench.py: real small races with a stand-in for nanoGPT, and the arithmetic of the table."""
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -169,7 +170,10 @@ def test_who_takes_turns():
         assert [a.label for a in arms] == ["nanoMem", *shipped, f"nanoGPT compiled: {dtype}",
                                            "transformers as shipped: fp32", f"transformers compiled: {dtype}"]
         assert [a.options.get("compile") for a in arms[1:]] == [False, True, False, True][-len(arms) + 1:]
-    assert [a.label for a in bench.arms_of("generate", cfg, {})] == ["nanoMem", "nanoGPT", "transformers"]
+    labels = ["nanoMem", "nanoMem", "nanoGPT", "transformers"]
+    assert [a.label for a in bench.arms_of("generate", cfg, {})] == labels
+    eager = dataclasses.replace(cfg, compile="false")
+    assert [a.label for a in bench.arms_of("generate", eager, {})] == labels[1:]
 
 
 def test_refusals_say_what_to_type(tmp_path, monkeypatch):

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import prepare_data
 import sample
 import train
 from common.config import Config, ConfigError, help_text, load, option_types
 
-SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
+SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig}
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+import bench
 import prepare_data
 import sample
 import train
 from common.config import load
 
-CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig,
+CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig}
 TEXTS = ["README.md", *CLASSES, *sorted(str(p) for p in Path("config").glob("*.py"))]
 
