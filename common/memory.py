@@ -36,9 +36,9 @@ class Needs:
 
     def __init__(self, make_model, cfg, dtype: str, device):
         one, two = (kept_by_autograd(make_model, n, cfg.max_seq_len, dtype, device) for n in (1, 2))
-        layer = (two - one) / cfg.n_layers
+        layer = self.layer = (two - one) / cfg.n_layers  # of a sequence
         self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
-        if cfg.checkpoint_activations:  # the input of each block; one block run again, and its gradients (measured)
+        if cfg.checkpoint_activations:  # the input of each block; one block run again and its gradients
             self.fixed = 0
             self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 2.5 * layer
         with FakeTensorMode():
@@ -56,6 +56,11 @@ class Needs:
         forward = self.fixed + sequences * self.per_sequence + loss + gradients_stay * self.parameters
         backward = self.parameters + 2 * self.head  # gradients, and the two that make a tied embedding's
         return self.base + self.slack * (self.parameters + self.states + max(forward, backward))
+
+    def evaluated_at_once(self, sequences: int) -> int:
+        """How many sequences need no more without gradients than training on `sequences`: one block's
+        activations at a time are alive."""
+        return max(sequences, int(sequences * self.per_sequence / self.layer))
 
 
 def free_memory(device) -> float:
