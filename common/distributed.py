@@ -137,5 +137,13 @@ def peak_memory(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB on Linux
+    return resident_memory("VmHWM")
+
+
+def resident_memory(field: str = "VmRSS") -> float:
+    """GB of this process in memory: VmRSS now, VmHWM at most so far (elsewhere than on Linux always that)."""
+    if sys.platform == "linux":  # where getrusage begins with what the parent process held
+        with open("/proc/self/status") as f:
+            return 1024 * int(next(line for line in f if line.startswith(field)).split()[1]) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

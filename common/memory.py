@@ -8,10 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common import distributed, head_loss
 
 
-def kept_by_autograd(make_model, sequences: int, seq_len: int, dtype: str, device) -> int:
+def kept_by_autograd(make_model, sequences: int, seq_len: int, dtype: str) -> int:
     """Bytes that a forward pass leaves for backward, without the parameters and what the loss keeps of the
-    size of the head."""
-    with FakeTensorMode(), torch.device(device):
+    size of the head. Counted as on a CPU: a GPU's attention kernels keep no weights, so there it is a little
+    more than needed."""
+    with FakeTensorMode():
         model = make_model()
         own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
@@ -23,7 +24,7 @@ def kept_by_autograd(make_model, sequences: int, seq_len: int, dtype: str, devic
 
         tokens = torch.zeros(sequences, seq_len, dtype=torch.long)
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
-        with hooks, distributed.autocast(dtype, device):
+        with hooks, distributed.autocast(dtype, torch.device("cpu")):
             hidden = model.hidden(tokens)
         return sum(s.nbytes() for s in kept.values()) + 2 * 4 * hidden.numel()  # and its gradient, in float32
 
@@ -35,7 +36,7 @@ class Needs:
     (tests/test_memory.py). torch.compile usually needs less."""
 
     def __init__(self, make_model, cfg, dtype: str, device):
-        one, two = (kept_by_autograd(make_model, n, cfg.max_seq_len, dtype, device) for n in (1, 2))
+        one, two = (kept_by_autograd(make_model, n, cfg.max_seq_len, dtype) for n in (1, 2))
         layer = self.layer = (two - one) / cfg.n_layers  # of a sequence
         self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
         if cfg.checkpoint_activations:  # the input of each block; one block run again and its gradients
@@ -48,7 +49,7 @@ class Needs:
         self.logits = cfg.max_seq_len * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
         self.base, self.slack = 0.0, 1.0
         if device.type == "cpu":  # the whole process counts; and as measured: libraries, holes in the heap
-            self.base, self.slack = distributed.peak_memory(device) * 1e9 + 6e7, 1.08
+            self.base, self.slack = distributed.resident_memory() * 1e9 + 6e7, 1.08
 
     def peak(self, sequences: int, gradients_stay: bool) -> float:
         """`gradients_stay`: they are already there when a forward pass runs (accumulation, DDP)."""

@@ -104,6 +104,19 @@ def test_missing_file_and_missing_value(tmp_path):
         load(train.TrainConfig, ["demo"])
 
 
+def test_auto_or_a_switch(tmp_path):
+    def compile_of(*argv):
+        return load(train.TrainConfig, list(argv)).compile
+
+    assert compile_of() == "auto" and compile_of("--compile") == compile_of("--compile=true") == "true"
+    assert compile_of("--compile", "--lr=1e-3") == "true" and compile_of("--compile", "false") == "false"
+    assert compile_of("--compile", "auto") == "auto"
+    assert compile_of(file(tmp_path, "compile = True")) == "true"
+    assert compile_of(file(tmp_path, "compile = False")) == "false"
+    with pytest.raises(ConfigError, match="flag --compile: expected one of auto, true, false; got 'maybe'"):
+        compile_of("--compile=maybe")
+
+
 def test_python_callers_pass_the_same_door():
     with pytest.raises(ConfigError, match="width: expected int, got '4'"):
         Example(width="4")

@@ -1,5 +1,6 @@
 """train.py: exact resume, kills, signals, processes, evaluation, refusals - on real small runs."""
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -298,6 +299,42 @@ def test_a_batch_that_does_not_split_is_refused(small):
         train.make_plan(small(), 3, 100)
     with pytest.raises(ConfigError, match="micro_batch_size=3 does not divide batch_size=8"):
         small(micro_batch_size=3)
+
+
+@pytest.mark.parametrize("options", [{"dropout": 0.1}, {"pos": "rope", "window": 5, "activation": "swiglu"}])
+def test_activations_made_again_give_the_same_run(small, options):
+    kept, again = small(name="kept", **options), small(name="again", **options)
+    train.main(kept)
+    train.main(dataclasses.replace(again, checkpoint_activations=True))
+    for one, two in zip(losses(kept), losses(again), strict=True):
+        # validation losses are summed in other batches, as less memory is taken to be there
+        assert one[:2] == two[:2]
+        for a, b in zip(one, two, strict=True):
+            assert a == b or math.isclose(a, b, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("option, device, flops, expected", [
+    ("auto", "cpu", 1e20, (False, "saves nothing here")), ("true", "cpu", 1, (True, "as asked")),
+    ("false", "cuda", 1e20, (False, "as asked")), ("auto", "mps", 1e20, (False, "saves nothing here")),
+    ("auto", "cuda", 1e20, (True, "a long run")),
+    ("auto", "cuda", 1e12, (False, "the run is too short to earn it back"))])
+def test_compiling_is_for_long_runs_on_cuda(small, monkeypatch, option, device, flops, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert train.choose_compile(small(compile=option), flops, torch.device(device)) == expected
+    if expected[1] == "a long run":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        refused = train.choose_compile(small(), flops, torch.device(device))
+        assert refused == (False, "triton is not installed")
+
+
+def test_the_next_micro_batch_is_fetched_ahead_and_is_the_right_one(small):
+    job = train.load_job(small(micro_batch_size=2), distributed.Dist(0, 1, CPU))
+    for step in range(3):
+        train.take_step(job, job.model)
+        (sample, (x, y)), = job.ahead.items()
+        assert sample == (step + 1) * 8
+        for got, expected in zip((x, y), job.windows.batch(sample, 2, CPU), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(small):
