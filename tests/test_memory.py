@@ -81,7 +81,7 @@ def test_the_largest_micro_batch_that_fits_is_taken(small):
 
 
 def test_memory_gb_splits_the_batch_and_changes_nothing_else(small, capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "resident_memory", lambda *_: 0.3)  # else it moves by more than the batch
+    monkeypatch.setattr(distributed, "resident_memory", lambda *_: 0.3)  # it moves by more than a batch
     whole = train.main(small(max_steps=2, name="whole", dtype="fp32"))
     cfg = small(max_steps=2, name="parts", dtype="fp32")
     needs = needs_of(cfg.__class__(**{**cfg.__dict__, "vocab_size": whole["config"]["vocab_size"]}))
