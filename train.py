@@ -51,7 +51,7 @@ class TrainConfig(ModelConfig):
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; weights stay fp32
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = on CUDA, for long runs
-    checkpoint_activations: bool = False  # run each block again in backward: less memory, up to a third more time
+    checkpoint_activations: bool = False  # run each block again in backward: less memory, more time
     memory_gb: float = 0.0  # what micro_batch_size=0 may fill; 0 = what is free now
     # length: whichever ends first
     epochs: float = 1.0  # passes over the training windows; 0 = no limit
