@@ -272,6 +272,7 @@ class Progress:
     loss_sum: float = 0.0  # of the steps since the last evaluation
     seconds: float = 0.0  # spent in steps, all sessions
     sessions: int = 0
+    micro: int = 0  # sequences per forward pass when it began
     ended: str = ""  # "finished" or "early stop"
 
 
@@ -380,6 +381,9 @@ def begin_or_continue(job: Job) -> None:
         if job.scaler.is_enabled() and saved["scaler"]:
             job.scaler.load_state_dict(saved["scaler"])
         job.progress = Progress(**saved["progress"])
+        if not cfg.micro_batch_size and 0 < job.progress.micro < job.plan.micro:
+            # more fits than when it began, but dropout masks are drawn for a micro-batch: keep its size
+            job.plan = make_plan(cfg, job.dist.world, job.plan.per_epoch, job.progress.micro)
     elif cfg.init_from:
         source = checkpoint.load(cfg.init_from, keys=("model", "config", "tokenizer"))
         check_tokenizer(source, job.meta, cfg.init_from, cfg.data)
@@ -390,6 +394,7 @@ def begin_or_continue(job: Job) -> None:
         say(f"{'continuing' if saved else 'starting':<11} {folder} at step {job.progress.step:,} of "
             f"{job.plan.steps:,}" + (f", {job.progress.ended}" if job.progress.ended else ""))
     job.progress.sessions += 1
+    job.progress.micro = job.plan.micro
 
 
 def load_existing(cfg: TrainConfig, folder: str, meta: dict) -> dict | None:

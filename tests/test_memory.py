@@ -92,6 +92,19 @@ def test_memory_gb_splits_the_batch_and_changes_nothing_else(small, capsys, monk
     assert parts["best_val_loss"] == pytest.approx(whole["best_val_loss"], rel=1e-5)
 
 
+def test_a_run_goes_on_with_the_micro_batch_it_began_with(small, monkeypatch):
+    """With dropout another one would draw other masks, and the run would not be the uninterrupted one."""
+    monkeypatch.setattr(distributed, "resident_memory", lambda *_: 0.3)
+    options = {"dropout": 0.2, "vocab_size": 300, "max_steps": 4}
+    needs = needs_of(small(**options))
+    room = (train.peak_memory(small(), needs, 1, 2) + train.peak_memory(small(), needs, 1, 4)) / 2e9
+    whole = train.main(small(name="whole", micro_batch_size=2, **options))
+    train.main(small(name="parts", memory_gb=room, max_minutes=1e-6, **options))  # one step
+    parts = train.main(small(name="parts", **options))
+    other = train.main(small(name="other", micro_batch_size=8, **options))
+    assert parts["best_val_loss"] == whole["best_val_loss"] != other["best_val_loss"]
+
+
 def test_free_memory_is_what_the_system_says():
     free = memory.free_memory(torch.device("cpu"))
     assert free > 1e8
