@@ -46,7 +46,7 @@ class SampleConfig(Config):
     # machine
     device: str = "auto"  # auto | cpu | cuda | mps
     dtype: str = "fp32"  # fp32 | bf16 | fp16 | auto, of weights and arithmetic; 16 bits read half the memory
-    compile: bool = False  # compile the decoding step: half a minute, then 1.5 to 2.5 times as fast on a CPU
+    compile: bool = False  # compile the decoding step: half a minute, then twice as fast on a CPU
 
     def problems(self) -> list[str]:
         out = []
