@@ -288,6 +288,7 @@ class Job:
     val_tokens: object
     plan: Plan
     needs: memory.Needs  # of memory
+    room: float  # bytes that this process may take
     compiled: bool
     model: LM
     flops_per_token: float
@@ -335,7 +336,7 @@ def load_job(cfg: TrainConfig, dist) -> Job:
     flops = model.flops_per_token(cfg.max_seq_len)
     tokens = plan.steps * cfg.batch_size * cfg.max_seq_len
     compiled, why_compile = choose_compile(cfg, flops * tokens, dist.device)
-    job = Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, needs, compiled, model,
+    job = Job(cfg, dist, dtype, meta, tok, windows, val_tokens, plan, needs, room, compiled, model,
               flops_per_token=flops, peak_flops=distributed.peak_flops(dist.device, dtype) * dist.world,
               optimizer=make_optimizer(cfg, model),
               scaler=torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16"),
@@ -357,7 +358,9 @@ def describe(job: Job, why: str, why_compile: str) -> str:
         f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings)",
         f"batch       {plan.world} process{many} x {plan.accumulation} accumulated x {plan.micro} = "
         f"{cfg.batch_size} sequences; x {seq} = {cfg.batch_size * seq:,} tokens a step",
-        f"memory      about {needed:.2f} GB at its peak" + " a process" * (plan.world > 1),
+        f"memory      about {needed:.2f} GB at its peak" + " a process" * (plan.world > 1)
+        + (f", of {job.room / 1e9:.2f} GB" if job.room < math.inf else "")
+        + ("; it will not fit: try --checkpoint_activations" if 1e9 * needed > job.room else ""),
         f"cost        {flops / 1e6:.1f} MFLOPs per token"
         + (f", {flops * total:.2e} FLOPs for the run" if epoch else "")]
     if not epoch:

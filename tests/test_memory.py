@@ -86,7 +86,9 @@ def test_memory_gb_splits_the_batch_and_changes_nothing_else(small, capsys, monk
     cfg = small(max_steps=2, name="parts", dtype="fp32")
     needs = needs_of(cfg.__class__(**{**cfg.__dict__, "vocab_size": whole["config"]["vocab_size"]}))
     room = (train.peak_memory(cfg, needs, 1, 2) + train.peak_memory(cfg, needs, 1, 4)) / 2e9
-    capsys.readouterr()
+    assert "it will not fit" not in capsys.readouterr().out
+    train.main(small(dry_run=True, memory_gb=0.1))
+    assert "of 0.10 GB; it will not fit: try --checkpoint_activations" in capsys.readouterr().out
     parts = train.main(small(max_steps=2, name="parts", dtype="fp32", memory_gb=room))
     assert "1 process x 4 accumulated x 2 = 8 sequences" in capsys.readouterr().out
     assert parts["best_val_loss"] == pytest.approx(whole["best_val_loss"], rel=1e-5)
