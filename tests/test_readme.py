@@ -53,7 +53,7 @@ def test_files_the_readme_names_exist():
 
 def test_make_targets_the_readme_names_exist():
     makefile = Path("Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z][\w-]+)", Path("README.md").read_text())):
+    for target in set(re.findall(r"(?:^|`|= )make ([a-z][\w-]+)", Path("README.md").read_text(), re.M)):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
