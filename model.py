@@ -431,8 +431,9 @@ class LM(nn.Module):
         ends = torch.tensor(lengths, device=device)[:, None]  # (B, 1)
         limit = self.cfg.max_seq_len if self.pos_embed is not None else math.inf
         size = min(limit, -(-(longest + max_new_tokens) // 256) * 256)
-        compiled = torch.compile(self.step, fullgraph=True, dynamic=False,
-                                 mode="reduce-overhead" if device.type == "cuda" else None)
+        if compile:  # only then: asking for it imports the compiler
+            mode = "reduce-overhead" if device.type == "cuda" else None
+            compiled = torch.compile(self.step, fullgraph=True, dynamic=False, mode=mode)
         stops = torch.tensor(list(stop_tokens), device=device, dtype=torch.long)
         done = torch.zeros_like(ends, dtype=torch.bool)  # (B, 1)
         tokens = unseen = given[:, :shortest]  # unseen: not yet in the cache

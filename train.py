@@ -384,9 +384,10 @@ def begin_or_continue(job: Job) -> None:
         if job.scaler.is_enabled() and saved["scaler"]:
             job.scaler.load_state_dict(saved["scaler"])
         job.progress = Progress(**saved["progress"])
-        if not cfg.micro_batch_size and 0 < job.progress.micro < job.plan.micro:
+        began, world = job.progress.micro, job.dist.world
+        if not cfg.micro_batch_size and 0 < began < job.plan.micro and cfg.batch_size % (began * world) == 0:
             # more fits than when it began, but dropout masks are drawn for a micro-batch: keep its size
-            job.plan = make_plan(cfg, job.dist.world, job.plan.per_epoch, job.progress.micro)
+            job.plan = make_plan(cfg, world, job.plan.per_epoch, began)
     elif cfg.init_from:
         source = checkpoint.load(cfg.init_from, keys=("model", "config", "tokenizer"))
         check_tokenizer(source, job.meta, cfg.init_from, cfg.data)

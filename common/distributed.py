@@ -78,7 +78,7 @@ def setup(device: str = "auto") -> Dist:
 
 def keep_freed_memory() -> None:
     """Let glibc reuse large blocks instead of returning them to the system at each free: the system hands
-    them out again in pages of 4 KB, each cleared first, which costs as much as the arithmetic. Other C
+    them out again in pages of 4 KB, each cleared first, which took up to a fifth of a step. Other C
     libraries (macOS, musl) are left as they are."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:

@@ -107,6 +107,15 @@ def test_a_run_goes_on_with_the_micro_batch_it_began_with(small, monkeypatch):
     assert parts["best_val_loss"] == whole["best_val_loss"] != other["best_val_loss"]
 
 
+def test_a_micro_batch_that_does_not_split_over_more_processes_is_not_kept(small):
+    """Begun with micro-batches of 4 of 12 on one process; two processes have 6 each."""
+    train.main(small(batch_size=12, micro_batch_size=4, max_minutes=1e-6))
+    job = train.load_job(small(batch_size=12), distributed.Dist(1, 2, torch.device("cpu")))
+    job.plan = train.make_plan(job.cfg, 2, job.plan.per_epoch, 6)
+    train.begin_or_continue(job)
+    assert job.progress.step == 1 and job.plan.micro == 6
+
+
 def test_free_memory_is_what_the_system_says():
     free = memory.free_memory(torch.device("cpu"))
     assert free > 1e8
