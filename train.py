@@ -31,6 +31,7 @@ from common.config import UserError, run
 from common.runlog import RunLog, git_commit, say
 from common.stop import StopRequest
 from model import LM, ModelConfig
+from muon import Muon, parameter_groups
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -61,15 +62,21 @@ class TrainConfig(ModelConfig):
     batch_size: int = 32  # sequences per optimiser step, over all processes
     micro_batch_size: int = 0  # sequences one process runs at once; 0 = the most that fit in memory
     # optimiser
-    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd uses beta1 as momentum
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: of matrices, adamw for the rest; see muon.py
     lr: float = 1e-3  # peak learning rate
+    muon_lr: float = 0.02  # of Muon's matrices
+    embed_lr: float = 0.0  # of embeddings; 0 = lr
+    head_lr: float = 0.0  # of an untied head; 0 = lr
+    scalar_lr: float = 0.0  # of norms, biases, other vectors, and routers; 0 = lr
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd = warm-up, stable, decay
     warmup_steps: int = 0  # linear warm-up
     min_lr_ratio: float = 0.1  # where cosine, linear and wsd end, as a fraction of lr
     decay_fraction: float = 0.2  # wsd: the last part of the run, in which lr decays
-    weight_decay: float = 0.1  # of matrices and embeddings; biases and norms have none
+    weight_decay: float = 0.1  # of matrices and an untied head; embeddings, norms and biases have none
     beta1: float = 0.9  # Adam's first moment, or SGD's momentum
     beta2: float = 0.95  # Adam's second moment
+    muon_momentum: float = 0.95  # Muon's, ...
+    muon_warmup_steps: int = 300  # ... reached after so many steps, from 0.85
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
     # evaluation and output
     eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once an epoch
@@ -87,12 +94,16 @@ class TrainConfig(ModelConfig):
                 out.append(f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("micro_batch_size", "epochs", "max_steps", "max_minutes", "warmup_steps", "eval_interval",
                     "patience", "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip",
-                    "lr", "seed", "memory_gb"):
+                    "lr", "seed", "memory_gb", "muon_lr", "embed_lr", "head_lr", "scalar_lr",
+                    "muon_warmup_steps"):
             if not 0 <= getattr(self, key) < math.inf:
                 out.append(f"{key} must be a number that is not negative, got {getattr(self, key)}")
-        for key, top in (("min_lr_ratio", 1), ("decay_fraction", 1), ("beta1", 1), ("beta2", 1)):
-            if not 0 <= getattr(self, key) <= top:
-                out.append(f"{key} must be between 0 and {top}, got {getattr(self, key)}")
+        for key in ("min_lr_ratio", "decay_fraction", "beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, key) <= 1:
+                out.append(f"{key} must be between 0 and 1, got {getattr(self, key)}")
+        if self.head_lr and self.tie_embeddings:
+            out.append(f"head_lr={self.head_lr} is set, but the head's matrix is the embedding's; "
+                       "use embed_lr, or tie_embeddings=False")
         if not self.epochs and not self.max_steps:
             out.append("the run has no end: set epochs or max_steps (max_minutes only ends a session)")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
@@ -178,23 +189,20 @@ def choose_compile(cfg: TrainConfig, flops: float, device) -> tuple[bool, str]:
 
 
 def make_optimizer(cfg: TrainConfig, model: LM):
-    """Matrices and embeddings decay, biases and norms do not. Each parameter is in exactly one group."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    assert {id(p) for p in decay + rest} == {id(p) for p in model.parameters()}, "a parameter is in no group"
-    assert len({id(p) for p in decay + rest}) == len(decay + rest), "a parameter is in two groups"
-    groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    groups = parameter_groups(model, cfg)
+    assert sum(p.numel() for g in groups for p in g["params"]) == model.count_parameters()["total"]
+    if cfg.optimizer == "muon":
+        return Muon(groups, betas=(cfg.beta1, cfg.beta2))
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.beta1, fused=fused)
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), fused=fused)
+        return torch.optim.SGD(groups, momentum=cfg.beta1, fused=fused)
+    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=fused)
 
 
-def lr_at(step: int, cfg: TrainConfig, steps: int) -> float:
-    """The learning rate of step 0 .. steps - 1."""
+def lr_fraction(step: int, cfg: TrainConfig, steps: int) -> float:
+    """What step 0 .. steps - 1 uses of each group's peak learning rate."""
     if step < cfg.warmup_steps:
-        return cfg.lr * (step + 1) / cfg.warmup_steps
+        return (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)  # 0 .. 1 after the warm-up
     if cfg.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * done))
@@ -203,8 +211,8 @@ def lr_at(step: int, cfg: TrainConfig, steps: int) -> float:
     elif cfg.schedule == "wsd":
         left = min(1.0, (1 - step / steps) / max(cfg.decay_fraction, 1e-9))
     else:
-        return cfg.lr
-    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left)
+        return 1.0
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,6 +371,11 @@ def describe(job: Job, why: str, why_compile: str) -> str:
         + ("; it will not fit: try --checkpoint_activations" if 1e9 * needed > job.room else ""),
         f"cost        {flops / 1e6:.1f} MFLOPs per token"
         + (f", {flops * total:.2e} FLOPs for the run" if epoch else "")]
+    lines += ["optimiser   group       tensors  parameters  by       learning rate  weight decay"]
+    for g in job.optimizer.param_groups:
+        size = sum(p.numel() for p in g["params"])
+        lines.append(f"            {g['name']:<10} {len(g['params']):8,} {size:11,}  {g['kind']:<6} "
+                     f"{g['peak_lr']:15g} {g['weight_decay']:13g}")
     if not epoch:
         return "\n".join([*lines, f"epoch       not known: no tokens in {cfg.data} yet"])
     return "\n".join([
@@ -521,9 +534,14 @@ def wrap(job: Job):
 def take_step(job: Job, net, wants_to_stop=lambda: False) -> tuple[float, float, float, bool]:
     """One optimiser step on all processes: (mean loss, gradient norm, learning rate, whether any of them
     wants to stop, so that all do at the same step)."""
-    lr = lr_at(job.progress.step, job.cfg, job.plan.steps)
+    cfg, step = job.cfg, job.progress.step
+    fraction = lr_fraction(step, cfg, job.plan.steps)
     for group in job.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = group["peak_lr"] * fraction
+        if group["kind"] == "muon":
+            warm = min(1.0, step / max(1, cfg.muon_warmup_steps))
+            group["momentum"] = 0.85 + (cfg.muon_momentum - 0.85) * warm
+    lr = cfg.lr * fraction
     loss, norm = gradients(job, net)
     loss, stopping = job.dist.sum(loss / job.dist.world, float(wants_to_stop()))
     if not math.isfinite(loss) or not (job.scaler.is_enabled() or math.isfinite(norm)):

@@ -44,7 +44,7 @@ class Needs:
             self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 2.5 * layer
         with FakeTensorMode():
             self.parameters = sum(p.numel() * 4 for p in make_model().parameters())
-        self.states = self.parameters * (2 if cfg.optimizer == "adamw" else 1)
+        self.states = self.parameters * (1 if cfg.optimizer == "sgd" else 2)  # a little less with muon
         self.head = cfg.vocab_size * cfg.d_model * 4
         self.logits = cfg.max_seq_len * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
         self.base, self.slack = 0.0, 1.0

@@ -135,7 +135,7 @@ def test_help_names_every_option_with_default_and_comment(script, cls):
 @pytest.mark.parametrize("script, cls", SCRIPTS.items())
 def test_every_option_is_read(script, cls):
     """An option that nobody reads would be silently ignored."""
-    source = Path(script).read_text() + Path("model.py").read_text()
+    source = "".join(Path(p).read_text() for p in (script, "model.py", "muon.py"))
     for name in option_types(cls):
         read = re.search(rf"(cfg|self)\.{name}\b|getattr\(self, name\)", source)
         assert read, f"{script} never reads {name}"

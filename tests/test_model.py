@@ -20,7 +20,7 @@ from transformers import (
 import model as model_module
 from common.config import ConfigError, load
 from model import LM, KVCache, ModelConfig, rope_angles, rotate, sample_token
-from train import TrainConfig, lr_at
+from train import TrainConfig, lr_fraction
 
 VARIANTS = [
     {},
@@ -328,16 +328,16 @@ def test_learning_rate_schedules():
         return TrainConfig(lr=1.0, min_lr_ratio=0.1, **options)
 
     constant = cfg(schedule="constant", warmup_steps=4)
-    assert [lr_at(s, constant, 10) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert [round(lr_at(s, cfg(schedule="linear"), 4), 6) for s in range(4)] == [1, 0.775, 0.55, 0.325]
+    assert [lr_fraction(s, constant, 10) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [round(lr_fraction(s, cfg(schedule="linear"), 4), 6) for s in range(4)] == [1, 0.775, 0.55, 0.325]
     # torch's own cosine, started after the warm-up
     p = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([p], lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=0.1)
     for s in range(10, 100):
-        ours = lr_at(s, cfg(schedule="cosine", warmup_steps=10), 100)
+        ours = lr_fraction(s, cfg(schedule="cosine", warmup_steps=10), 100)
         assert math.isclose(ours, optimizer.param_groups[0]["lr"], rel_tol=1e-6)
         optimizer.step()
         scheduler.step()
-    wsd = [lr_at(s, cfg(schedule="wsd", decay_fraction=0.25), 100) for s in range(100)]
+    wsd = [lr_fraction(s, cfg(schedule="wsd", decay_fraction=0.25), 100) for s in range(100)]
     assert wsd[:76] == [1.0] * 76 and math.isclose(wsd[88], 0.1 + 0.9 * 12 / 25) and wsd[99] < 0.14
