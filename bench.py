@@ -11,6 +11,7 @@ Shapes
     d256          d_model 256, 8 layers, 8 heads, 16 x 256 tokens, vocabulary 8,192
     local         window 256 at T = 8,192, the same at T = 512, and global attention at T = 8,192; d_model
                   256, 4 layers, 8 heads, RoPE, vocabulary 8,192; 8,192 tokens a step each
+    muon          config/tinier.py, 16 x 512 tokens a step, by Muon and by AdamW alone
     generate      one sequence of 512 new tokens, exp6's model, weights in --dtype for everyone
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
     overhead      share of exp3's step that is not forward, backward, clipping or optimiser
@@ -55,7 +56,8 @@ from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would start with this one's peak memory
-SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "generate", "startup", "overhead", "tiny")
+SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "muon", "generate", "startup", "overhead",
+          "tiny")
 
 
 @dataclass
@@ -97,10 +99,10 @@ def shape_of(name: str) -> Shape:
         return Shape(batch, {"max_seq_len": length, "d_model": d_model, "n_layers": n_layers,
                              "n_heads": n_heads, "vocab_size": vocab_size,
                              "pos": "rope" if name == "local" else "learned"})
-    rung = {"generate": "exp6", "overhead": "exp3", "startup": "demo"}.get(name, name)
+    rung = {"generate": "exp6", "overhead": "exp3", "startup": "demo", "muon": "tinier"}.get(name, name)
     ours = load(TrainConfig, [os.path.join(HERE, "config", f"{rung}.py")])
     model = {f.name: getattr(ours, f.name) for f in fields(ModelConfig)}
-    return Shape(1 if name == "generate" else 4 if rung in ("exp6", "exp7") else 8,
+    return Shape({"generate": 1, "exp6": 4, "exp7": 4, "muon": 16}.get(name, 8),
                  model | {"flash": True, "vocab_size": ours.vocab_size or 8192})
 
 
@@ -160,10 +162,10 @@ def training(step: Callable, shape: Shape, cfg: BenchConfig, device) -> Callable
     return lambda: tokens / timed(step, steps, device)
 
 
-def load_ours(cfg: BenchConfig, shape: Shape, folder: str):
+def load_ours(cfg: BenchConfig, shape: Shape, folder: str, optimizer: str = "adamw"):
     options = shape.model | {"dropout": cfg.dropout, "batch_size": shape.batch, "data": folder,
                              "micro_batch_size": shape.batch, "device": cfg.device, "dtype": cfg.dtype,
-                             "compile": cfg.compile}
+                             "compile": cfg.compile, "optimizer": optimizer}
     job = train.load_job(TrainConfig(**options, epochs=0, max_steps=10**6), distributed.setup(cfg.device))
     return job, train.wrap(job)
 
@@ -173,8 +175,8 @@ def describe(job) -> str:
     return job.dtype + (", compiled" if dynamo and dynamo.counters["stats"]["unique_graphs"] else "")
 
 
-def train_ours(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
-    job, net = load_ours(cfg, shape, folder)
+def train_ours(cfg: BenchConfig, shape: Shape, folder: str, optimizer: str = "adamw") -> Runner:
+    job, net = load_ours(cfg, shape, folder, optimizer)
     measure = training(lambda: train.take_step(job, net), shape, cfg, job.dist.device)
     return Runner(measure, note=describe(job), dtype=job.dtype, flops=job.flops_per_token)
 
@@ -350,6 +352,8 @@ def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
         return [Arm("window 256, T 8192", train_ours, shape._replace(model=local)),
                 Arm("window 256, T 512", train_ours, Shape(16, local | {"max_seq_len": 512})),
                 Arm("global, T 8192", train_ours, shape)]
+    if name == "muon":
+        return [Arm(by, train_ours, shape, {"optimizer": by}) for by in ("muon", "adamw")]
     if name == "generate":
         arms = [Arm("nanoMem", generate, shape, {"compile": yes}) for yes in (True, False)
                 if not yes or cfg.compile != "false"]

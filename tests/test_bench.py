@@ -156,6 +156,7 @@ def test_shapes_are_those_the_bars_name():
     assert of("exp3") == of("overhead") == (8, 512, 128, 4, 8, 50257)
     assert of("exp6") == (4, 512, 512, 12, 8, 50257) and of("generate") == (1, *of("exp6")[1:])
     assert of("d256") == (16, 256, 256, 8, 8, 8192) and bench.shape_of("exp7").model["pos"] == "rope"
+    assert of("muon") == (16, 512, 192, 9, 3, 8192)
     assert all(bench.shape_of(name).model.get("flash", True) for name in bench.SHAPES)
     arms = bench.arms_of("local", BenchConfig(), {})
     assert [(a.shape.batch, a.shape.model["max_seq_len"], a.shape.model.get("window", 0)) for a in arms] == [
@@ -172,6 +173,8 @@ def test_who_takes_turns():
         assert [a.options.get("compile") for a in arms[1:]] == [False, True, False, True][-len(arms) + 1:]
     labels = ["nanoMem", "nanoMem", "nanoGPT", "transformers"]
     assert [a.label for a in bench.arms_of("generate", cfg, {})] == labels
+    by = [a.options["optimizer"] for a in bench.arms_of("muon", cfg, {})]
+    assert by == ["muon", "adamw"]
     eager = dataclasses.replace(cfg, compile="false")
     assert [a.label for a in bench.arms_of("generate", eager, {})] == labels[1:]
 
