@@ -31,9 +31,9 @@ def parameter_groups(model, cfg) -> list[dict]:
                                         ("scalars", cfg.scalar_lr or lr, 0.0))}
     matrices = []
     for name, p in model.named_parameters():
-        if p.dim() == 1 or ".router." in name:
+        if p.dim() == 1 or name.endswith("bias") or ".router." in name:
             kind = "scalars"
-        elif name.startswith("blocks.") and p.dim() == 2:
+        elif name.startswith("blocks.") and p.dim() <= 3:  # a pool of experts is (E, rows, cols)
             kind = "matrices"
             matrices.append((name, p))
         elif name.startswith(("embed", "pos_embed")):
@@ -53,12 +53,12 @@ def parts(name: str, p, cfg) -> list[int]:
     keys and values; the gate and what it multiplies."""
     head_size = cfg.d_model // cfg.n_heads
     qkv = [h * head_size for h in (cfg.n_heads, *[cfg.n_kv_heads or cfg.n_heads] * 2)]
-    if ".qkv." in name and p.size(0) == sum(qkv):
+    if ".qkv." in name and p.size(-2) == sum(qkv):
         return qkv
     d_ff = cfg.d_ff or 4 * cfg.d_model
-    if ".up." in name and cfg.activation == "swiglu" and p.size(0) == 2 * d_ff:
+    if ".up." in name and cfg.activation == "swiglu" and p.size(-2) == 2 * d_ff:
         return [d_ff, d_ff]
-    return [p.size(0)]
+    return [p.size(-2)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def orthogonalize(g, dtype=torch.float32, steps: int = 5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with kind "muon" (2-D parameters) and kind "adamw" (any) in one optimiser.
+    """Groups with kind "muon" (matrices, or stacks of them) and kind "adamw" (any) in one optimiser.
 
     muon: m <- momentum m + (1 - momentum) g; the update is (1 - momentum) g + momentum m (Nesterov),
     orthogonalised, times lr sqrt(max(1, rows / cols)), after p <- p (1 - lr weight_decay). A group's
@@ -113,11 +113,9 @@ class Muon(torch.optim.Optimizer):
             if group["kind"] == "adamw":  # `fused` also tells loading where the counter of steps belongs
                 group.setdefault("fused", group["params"][0].device.type in ("cpu", "cuda"))
                 continue
-            group.setdefault("parts", [[p.size(0)] for p in group["params"]])
-            for p, rows in zip(group["params"], group["parts"], strict=True):
-                if p.dim() != 2 or sum(rows) != p.size(0):
-                    raise ValueError(f"Muon is for matrices, whole or in parts of {rows} rows; "
-                                     f"got a parameter of shape {tuple(p.shape)}")
+            if wrong := [tuple(p.shape) for p in group["params"] if p.dim() not in (2, 3)]:
+                raise ValueError(f"Muon is for matrices (rows, cols) or stacks of them; got {wrong}")
+            group.setdefault("parts", [[p.size(-2)] for p in group["params"]])
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -140,8 +138,9 @@ class Muon(torch.optim.Optimizer):
         rows = {id(p): r for p, r in zip(group["params"], group["parts"], strict=True)}
         alike = {}  # shape -> pieces of parameters and of their updates
         for p, update in zip(params, updates, strict=True):
-            for piece in zip(p.split(rows[id(p)]), update.split(rows[id(p)]), strict=True):
-                alike.setdefault(piece[0].shape, []).append(piece)
+            for pieces in zip(*(x.split(rows[id(p)], dim=-2) for x in (p, update)), strict=True):
+                for piece in zip(*(x.unbind() for x in pieces), strict=True) if p.dim() == 3 else [pieces]:
+                    alike.setdefault(piece[0].shape, []).append(piece)
         for shape, pieces in alike.items():
             scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
             pieces, updates = zip(*pieces, strict=True)

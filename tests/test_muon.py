@@ -118,6 +118,19 @@ def test_parts_of_a_matrix_are_matrices_of_their_own():
     assert torch.equal(whole, torch.cat(pieces))
 
 
+def test_a_stack_is_its_matrices():
+    stack, = matrices((3, 12, 16))
+    apart = [torch.nn.Parameter(x.clone()) for m in stack.detach() for x in m.split([8, 4])]
+    one = Muon([{"params": [stack], "kind": "muon", "parts": [[8, 4]]}], lr=0.1)
+    two = Muon([{"params": apart, "kind": "muon"}], lr=0.1)
+    for _ in range(2):
+        stack.grad = torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(3))
+        for p, g in zip(apart, [x for m in stack.grad for x in m.split([8, 4])], strict=True):
+            p.grad = g
+        one.step(), two.step()
+    torch.testing.assert_close(stack.detach(), torch.cat(apart).view(3, 12, 16).detach())
+
+
 def test_its_adamw_is_that_of_torch():
     one, two = matrices((8, 8), (5,)), matrices((8, 8), (5,))
     settings = {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.2}
@@ -206,8 +219,8 @@ def test_every_parameter_is_in_one_group_by_rule():
 
 def test_a_parameter_without_a_rule_stops():
     model = LM(config())
-    model.blocks[0].cube = torch.nn.Parameter(torch.zeros(2, 2, 2))
-    with pytest.raises(AssertionError, match=r"no parameter group for blocks.0.cube \(2, 2, 2\)"):
+    model.cube = torch.nn.Parameter(torch.zeros(2, 2, 2))
+    with pytest.raises(AssertionError, match=r"no parameter group for cube \(2, 2, 2\)"):
         parameter_groups(model, config())
 
 
