@@ -35,7 +35,7 @@ from common import checkpoint, data
 from common.checkpoint import write_atomically
 from common.config import ConfigError, UserError, load, run
 from common.runlog import read_jsonl, say
-from common.stats import Effect, holm, paired_difference
+from common.stats import holm, paired_difference
 from common.stop import StopRequest
 from train import MAY_CHANGE, TrainConfig, resume_command
 
@@ -60,8 +60,7 @@ class SweepConfig(TrainConfig):
         out += [f"{key} must be at least 1, got {getattr(self, key)}" for key in ("seeds", "jobs")
                 if getattr(self, key) < 1]
         if self.max_minutes:
-            out.append("max_minutes would end runs halfway; give them the same length with --max_steps or "
-                       "--epochs")
+            out.append("max_minutes would end runs halfway; use --max_steps or --epochs")
         return out or make_arms(self)[1]
 
 
@@ -121,8 +120,8 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
         elif changes:
             arms.append(Arm(name, text, arm, changes))
     if cfg.metric == "loss" and any(a.cfg.data != cfg.data for a in arms):
-        problems.append("losses per token compare on the same data only; for arms with other data (and the "
-                        "same validation text) use --metric=bits_per_byte")
+        problems.append("losses per token compare on the same data only; for arms with other data and the "
+                        "same validation text use --metric=bits_per_byte")
     return arms, problems
 
 
@@ -205,8 +204,8 @@ def run_all(cfg: SweepConfig, runs: list[Run], folder: str, stop: StopRequest) -
 def settle(cfg: SweepConfig, run: Run, folder: str, stopping: bool) -> None:
     look_up(run, cfg.out_dir)
     if run.row:
-        say(f"{run.name}: {cfg.metric} {run.row[f'best_val_{cfg.metric}']:.4f}, "
-            f"{run.row['seconds'] / 60:.1f} minutes")
+        score, minutes = run.row[f"best_val_{cfg.metric}"], run.row["seconds"] / 60
+        say(f"{run.name:<40} {cfg.metric} {score:.4f}, {minutes:.1f} minutes")
     elif not stopping:
         path = os.path.join(folder, f"{run.name}.log")
         with open(path, errors="replace") as f:
@@ -228,9 +227,7 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
         scores = {seed: row[f"best_val_{cfg.metric}"] for seed, row in rows.items()}
         base = results[0]["scores"] if results else {}
         seeds = [s for s in scores if s in base]
-        effect = Effect(*[math.nan] * 4, 0)
-        if seeds:
-            effect = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds])
+        effect = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds])
         means = {key: statistics.fmean(row[key] for row in rows.values()) if rows else math.nan
                  for key in ("parameters", "tokens_per_second", "seconds", "tokens")}
         results.append({
@@ -246,19 +243,16 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
 
 
 def table(cfg: SweepConfig, results: list[dict]) -> str:
-    def number(value, form: str) -> str:
-        return format(value, form) if math.isfinite(value) else ""
-
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     lines = [["arm", "parameters", "tok/s", "minutes", *(f"seed {s}" for s in seeds), "mean", "sd",
-              "difference", "95 % interval", "p", "p (Holm)"]]
+              "difference", "95 % from", "to", "p", "p (Holm)"]]
+    forms = [",.0f", ",.0f", ".1f", *[".4f"] * (cfg.seeds + 2), *["+.4f"] * 3, ".3g", ".3g"]
     for r in results:
-        lines.append([
-            r["arm"], number(r["parameters"], ",.0f"), number(r["tokens_per_second"], ",.0f"),
-            number(r["seconds"] / 60, ".1f"), *(number(r["scores"].get(s, math.nan), ".4f") for s in seeds),
-            number(r["mean"], ".4f"), number(r["sd"], ".4f"), number(r["difference"], "+.4f"),
-            f"{r['low']:+.4f} .. {r['high']:+.4f}" if math.isfinite(r["low"]) else "",
-            number(r["p"], ".3g"), number(r["p_holm"], ".3g")])
+        numbers = [r["parameters"], r["tokens_per_second"], r["seconds"] / 60,
+                   *(r["scores"].get(s, math.nan) for s in seeds),
+                   *(r[key] for key in ("mean", "sd", "difference", "low", "high", "p", "p_holm"))]
+        lines.append([r["arm"], *(format(x, form) if math.isfinite(x) else ""
+                                  for x, form in zip(numbers, forms, strict=True))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [[c.ljust(w) if c is line[0] else c.rjust(w) for c, w in zip(line, widths, strict=True)]
              for line in lines]
@@ -278,8 +272,7 @@ def notes(cfg: SweepConfig, results: list[dict], runs: list[Run]) -> list[str]:
                 f"{cfg.seeds} seeds show differences from about {half:.4f} on (the median half-width of the "
                 "intervals); smaller ones may be there and are not seen"]
     elif len(results) > 1:
-        out.append("one seed says nothing about a difference between arms, which may be the seed's; "
-                   "use --seeds=3 or more")
+        out.append("one seed says nothing: a difference may be the seed's; use --seeds=3 or more")
     tokens = [r["tokens"] for r in results if r["scores"]]
     if len(set(tokens)) > 1:
         out.append(f"the arms did not train on equally many tokens: {min(tokens):,.0f} to {max(tokens):,.0f}")
@@ -353,8 +346,8 @@ def main(cfg: SweepConfig) -> dict:
     with StopRequest() as stop:
         run_all(cfg, runs, folder, stop)
     if not all(r.row or r.error for r in runs):
-        say(f"stopped with {sum(bool(r.row) for r in runs)} of {len(runs)} runs done; "
-            f"go on with:  {resume_command()}")
+        done = sum(bool(r.row) for r in runs)
+        say(f"stopped with {done} of {len(runs)} runs done; go on with:  {resume_command()}")
         return {"status": "stopped"}
 
     results = compare(cfg, arms, runs)
@@ -366,10 +359,9 @@ def main(cfg: SweepConfig) -> dict:
     if any(r["differences"] for r in results):
         draw(cfg, arms, results, os.path.join(folder, "sweep.png"))
     say(f"\n{text}in {folder}: table.md, results.jsonl, sweep.png")
-    failed = [f"{r.name}: {r.error}" for r in runs if r.error]
-    if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again\n  "
-                        + "\n  ".join(failed))
+    if failed := [f"  {r.name}: {r.error}" for r in runs if r.error]:
+        raise UserError("\n".join([f"{len(failed)} of {len(runs)} runs failed; the same command tries them "
+                                   "again", *failed]))
     return {"status": "finished", "results": results}
 
 

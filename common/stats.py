@@ -20,16 +20,17 @@ def paired_difference(treated: Sequence[float], control: Sequence[float], level:
     of the data.
 
     Assumes independent pairs with normal differences. From one pair nothing follows: the interval is
-    infinite and p is nan. Without any spread the interval is the mean, and p is 1 if that is 0, else 0.
+    infinite and p is nan; from none, all is nan. Without spread (beyond rounding) the interval is the mean; p is 1 if all pairs are
+    equal, else 0.
     """
-    if len(treated) != len(control) or not treated:
-        raise ValueError(f"pairs needed, got {len(treated)} treated and {len(control)} control values")
     differences = [a - b for a, b in zip(treated, control, strict=True)]
+    if not differences:
+        return Effect(math.nan, math.nan, math.nan, math.nan, 0)
     mean = sum(differences) / len(differences)
     if len(differences) == 1:
         return Effect(mean, -math.inf, math.inf, math.nan, 1)
-    if len(set(differences)) == 1:  # the test would divide by zero
-        return Effect(mean, mean, mean, 0.0 if mean else 1.0, len(differences))
+    if max(differences) - min(differences) <= 1e-12 * max(map(abs, [*treated, *control])):  # divides by zero
+        return Effect(mean, mean, mean, 0.0 if any(differences) else 1.0, len(differences))
     test = stats.ttest_rel(treated, control)
     low, high = test.confidence_interval(level)
     return Effect(mean, float(low), float(high), float(test.pvalue), len(differences))

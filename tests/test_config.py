@@ -144,7 +144,8 @@ def test_help_names_every_option_with_default_and_comment(script, cls):
 def test_every_option_is_read(script, cls):
     """An option that nobody reads would be silently ignored."""
     source = Path(script).read_text() + Path("model.py").read_text()
-    for name in option_types(cls).keys() - (option_types(train.TrainConfig) if script == "sweep.py" else ()):
+    passed_on = option_types(train.TrainConfig) if script == "sweep.py" else ()
+    for name in option_types(cls).keys() - passed_on:
         read = re.search(rf"(cfg|self)\.{name}\b|getattr\(self, name\)", source)
         assert read, f"{script} never reads {name}"
         reads = re.sub(rf"^    {name}: .*$", "", source, flags=re.M)
