@@ -9,8 +9,7 @@
 Every option of train.py is one here too and holds for all runs. An arm is one or more options (or a config
 file) on top of those; the arm `base` has none and always runs. A run is a process of its own, `python
 train.py out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`; that .py file holds the arm's configuration. Runs
-with the same seed see the same data in the same order whatever the arm, so differences to base are taken seed
-by seed. What an arm changes besides (parameters, time) is in the table.
+with the same seed see the same data in the same order in all arms, so differences are taken seed by seed.
 
 The same command after Ctrl-C, SIGTERM or kill -9 goes on: runs that ended are read, half-done ones continued.
 Further arms and more seeds reuse the runs there are; runs of these names with other settings are refused.
@@ -32,7 +31,6 @@ import torch
 from tqdm import tqdm
 
 from common import checkpoint, data
-from common.checkpoint import write_atomically
 from common.config import ConfigError, UserError, load, run
 from common.runlog import read_jsonl, say
 from common.stats import holm, paired_difference
@@ -88,19 +86,12 @@ class Run:
 def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
     """Base and the arms, and all that is wrong with them. A grid's value that the config has is base."""
     base = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
-    keys, axes, problems = [], [], []
-    for text in cfg.grid:
-        key, _, values = text.partition("=")
-        keys.append(key.replace("-", "_"))
-        axes.append([f"{key}={value}" for value in values.split(",")])
-        if not key or not all(values.split(",")):
-            problems.append(f"grid '{text}': expected OPTION=VALUE,VALUE,...")
-    if problems:
-        return [], problems
-    points = [" ".join(point) for point in itertools.product(*axes)] if axes else []
-    text = " ".join(["base", *(f"{key}={base.get(key)}" for key in keys)])
-    arms = [Arm("base", text, TrainConfig(**base), [])]
-    for text in [*points, *cfg.arm]:
+    axes = [(key, values.split(",")) for key, _, values in (text.partition("=") for text in cfg.grid)]
+    points = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes))
+    texts = [" ".join(point) for point in points if point] + list(cfg.arm)
+    text = " ".join(["base", *(f"{key}={base.get(key.replace('-', '_'))}" for key, _ in axes)])
+    arms, problems = [Arm("base", text, TrainConfig(**base), [])], []
+    for text in texts:
         words = text.split()
         try:
             arm = load(TrainConfig, [w if w.endswith(".py") else f"--{w}" for w in words], base)
@@ -120,8 +111,7 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
         elif changes:
             arms.append(Arm(name, text, arm, changes))
     if cfg.metric == "loss" and any(a.cfg.data != cfg.data for a in arms):
-        problems.append("losses per token compare on the same data only; for arms with other data and the "
-                        "same validation text use --metric=bits_per_byte")
+        problems.append("losses per token do not compare between data folders: use --metric=bits_per_byte")
     return arms, problems
 
 
@@ -153,7 +143,7 @@ def write_arm(arm: Arm, folder: str) -> None:
 
 
 def write(path: str, text: str) -> None:
-    write_atomically(path, lambda f: f.write(text.encode()))
+    checkpoint.write_atomically(path, lambda f: f.write(text.encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -204,14 +194,13 @@ def run_all(cfg: SweepConfig, runs: list[Run], folder: str, stop: StopRequest) -
 def settle(cfg: SweepConfig, run: Run, folder: str, stopping: bool) -> None:
     look_up(run, cfg.out_dir)
     if run.row:
-        score, minutes = run.row[f"best_val_{cfg.metric}"], run.row["seconds"] / 60
-        say(f"{run.name:<40} {cfg.metric} {score:.4f}, {minutes:.1f} minutes")
+        score = run.row[f"best_val_{cfg.metric}"]
+        say(f"{run.name:<40} {cfg.metric} {score:.4f}, {run.row['seconds'] / 60:.1f} minutes")
     elif not stopping:
-        path = os.path.join(folder, f"{run.name}.log")
-        with open(path, errors="replace") as f:
+        with open(os.path.join(folder, f"{run.name}.log"), errors="replace") as f:
             lines = f.read().strip().splitlines() or ["no output"]
         run.error = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        say(f"{run.name}: failed: {run.error} (see {path})")
+        say(f"{run.name:<40} failed: {run.error} (see {f.name})")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -263,36 +252,30 @@ def table(cfg: SweepConfig, results: list[dict]) -> str:
 def notes(cfg: SweepConfig, results: list[dict], runs: list[Run]) -> list[str]:
     """What a reader of the table must know."""
     unit = "nats per token" if cfg.metric == "loss" else "bits per byte"
-    tested = [r for r in results if math.isfinite(r["p"])]
-    out = [f"{unit}, the best evaluation of the validation split; sd over seeds"]
-    if tested:
-        half = statistics.median((r["high"] - r["low"]) / 2 for r in tested)
-        out += ["difference: arm - base over equal seeds, negative = better; t interval and paired t-test, p "
-                f"(Holm) adjusted for {len(tested)} arm{'s' * (len(tested) > 1)}",
-                f"{cfg.seeds} seeds show differences from about {half:.4f} on (the median half-width of the "
-                "intervals); smaller ones may be there and are not seen"]
+    out = [f"{unit}, best evaluation of the validation split; sd over seeds; tok/s: runs at a time: {cfg.jobs}"]
+    halves = [(r["high"] - r["low"]) / 2 for r in results if math.isfinite(r["p"])]
+    if halves:
+        out += ["difference: arm - base over equal seeds, negative = better; t interval and paired t-test; "
+                f"p (Holm) is adjusted for the number of arms, {len(halves)}",
+                f"{cfg.seeds} seeds show differences from about {statistics.median(halves):.4f} on (median "
+                "half-width of the intervals); smaller ones may be there and are not seen"]
     elif len(results) > 1:
         out.append("one seed says nothing: a difference may be the seed's; use --seeds=3 or more")
-    tokens = [r["tokens"] for r in results if r["scores"]]
-    if len(set(tokens)) > 1:
+    if len(tokens := {r["tokens"] for r in results if r["scores"]}) > 1:
         out.append(f"the arms did not train on equally many tokens: {min(tokens):,.0f} to {max(tokens):,.0f}")
-    commits = sorted({commit for r in results for commit in r["git"]})
-    if len(commits) > 1:
+    if len(commits := sorted({commit for r in results for commit in r["git"]})) > 1:
         out.append(f"the runs come from different versions of the code: {', '.join(commits)}")
-    if cfg.jobs > 1:
-        out.append(f"tok/s and minutes are those of {cfg.jobs} runs at a time")
     return out + [f"{r.name} failed: {r.error}" for r in runs if r.error]
 
 
 def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> None:
     """Score against value for a grid over one number, else the differences to base with their intervals."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     key = cfg.grid[0].split("=")[0].replace("-", "_") if len(cfg.grid) == 1 and not cfg.arm else ""
     curve = key and type(getattr(cfg, key)) in (int, float)
     done = [(a, r) for a, r in zip(arms, results, strict=True) if r["scores" if curve else "differences"]]
-    figure, axes = plt.subplots(figsize=(7, 4.2 if curve else 1.4 + 0.4 * len(done)), layout="constrained")
+    figure = Figure(figsize=(7, 4.2 if curve else 1.4 + 0.4 * len(done)), layout="constrained")
+    axes = figure.subplots()
     dots = {"linestyle": "", "marker": "o", "color": "C1", "markersize": 4, "alpha": 0.7}
     if curve:
         done.sort(key=lambda pair: getattr(pair[0].cfg, key))
@@ -306,16 +289,14 @@ def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> N
     else:
         for y, (_, r) in enumerate(done):
             axes.plot(list(r["differences"].values()), [y] * len(r["differences"]), **dots)
-            if math.isfinite(r["low"]):
-                axes.plot([r["low"], r["high"]], [y, y], color="C0")
-            axes.plot(r["difference"], y, "|", color="C0", markersize=14)
+            half = r["high"] - r["difference"] if math.isfinite(r["high"]) else 0
+            axes.errorbar(r["difference"], y, xerr=half, fmt="|", color="C0", markersize=12)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(done)), [a.text for a, _ in done])
         axes.set_ylim(len(done) - 0.5, -0.5)  # the first on top
         axes.set(xlabel=f"{cfg.metric}, difference to base with 95 % interval; left = better", title=cfg.name)
     axes.grid(alpha=0.3)
     figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    plt.close(figure)
     os.replace(f"{path}.tmp", path)
 
 
@@ -335,19 +316,18 @@ def main(cfg: SweepConfig) -> dict:
                         + "\nnothing was run; use another --name, or throw them away with --overwrite")
     for arm in arms:
         say(f"{arm.text:<30} {', '.join(arm.changes)}".rstrip())
-    done = sum(bool(r.row) for r in runs)
-    say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {done} of them done; "
+    todo = [r.name for r in runs if not r.row]
+    say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {len(runs) - len(todo)} of them done; "
         f"{cfg.jobs} at a time, output in {folder}")
     if cfg.dry_run:
-        return {"status": "planned", "runs": [r.name for r in runs if not r.row]}
+        return {"status": "planned", "runs": todo}
     os.makedirs(folder, exist_ok=True)
     for arm in arms:
         write_arm(arm, folder)
     with StopRequest() as stop:
         run_all(cfg, runs, folder, stop)
     if not all(r.row or r.error for r in runs):
-        done = sum(bool(r.row) for r in runs)
-        say(f"stopped with {done} of {len(runs)} runs done; go on with:  {resume_command()}")
+        say(f"stopped; go on with:  {resume_command()}")
         return {"status": "stopped"}
 
     results = compare(cfg, arms, runs)
@@ -359,9 +339,8 @@ def main(cfg: SweepConfig) -> dict:
     if any(r["differences"] for r in results):
         draw(cfg, arms, results, os.path.join(folder, "sweep.png"))
     say(f"\n{text}in {folder}: table.md, results.jsonl, sweep.png")
-    if failed := [f"  {r.name}: {r.error}" for r in runs if r.error]:
-        raise UserError("\n".join([f"{len(failed)} of {len(runs)} runs failed; the same command tries them "
-                                   "again", *failed]))
+    if failed := "".join(f"\n  {r.name}: {r.error}" for r in runs if r.error):
+        raise UserError(f"runs failed; the same command tries them again{failed}")
     return {"status": "finished", "results": results}
 
 

@@ -20,8 +20,8 @@ def paired_difference(treated: Sequence[float], control: Sequence[float], level:
     of the data.
 
     Assumes independent pairs with normal differences. From one pair nothing follows: the interval is
-    infinite and p is nan; from none, all is nan. Without spread (beyond rounding) the interval is the mean; p is 1 if all pairs are
-    equal, else 0.
+    infinite and p is nan; from none, all is nan. Without spread (beyond rounding) the interval is the mean,
+    and p is 1 if all pairs are equal, else 0.
     """
     differences = [a - b for a, b in zip(treated, control, strict=True)]
     if not differences:
