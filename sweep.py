@@ -252,7 +252,7 @@ def table(cfg: SweepConfig, results: list[dict]) -> str:
 def notes(cfg: SweepConfig, results: list[dict], runs: list[Run]) -> list[str]:
     """What a reader of the table must know."""
     unit = "nats per token" if cfg.metric == "loss" else "bits per byte"
-    out = [f"{unit}, best evaluation of the validation split; sd over seeds; tok/s: runs at a time: {cfg.jobs}"]
+    out = [f"{unit}, best evaluation of the validation split; sd over seeds; runs at a time: {cfg.jobs}"]
     halves = [(r["high"] - r["low"]) / 2 for r in results if math.isfinite(r["p"])]
     if halves:
         out += ["difference: arm - base over equal seeds, negative = better; t interval and paired t-test; "

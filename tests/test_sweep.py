@@ -74,7 +74,7 @@ def test_arms_of_grids_and_of_flags(tmp_path):
     assert not problems
     grid = ["lr-1e-3_d-model-64", "lr-1e-2_d-model-32", "lr-1e-2_d-model-64"]
     assert [a.name for a in arms] == ["base", *grid, "activation-relu2_qk_norm", "wide"]
-    assert arms[0].text == "base lr=0.001 d_model=32"
+    assert arms[0].text == "base lr=0.001 d-model=32"
     assert arms[3].changes == ["d_model: 32 -> 64", "lr: 0.001 -> 0.01"] and arms[3].cfg.lr == 0.01
     assert arms[4].cfg == dataclasses.replace(arms[0].cfg, activation="relu2", qk_norm=True)
     assert (arms[5].cfg.n_heads, arms[5].cfg.lr) == (4, 1e-3)
