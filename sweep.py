@@ -3,17 +3,18 @@
     python sweep.py config/demo.py --grid=lr=1e-3,3e-3,1e-2 --seeds=3          # every value
     python sweep.py config/demo.py --grid=lr=1e-3,3e-3 --grid=d_ff=256,384     # every combination
     python sweep.py config/demo.py --arm=activation=gelu --arm="optimizer=sgd lr=0.1" --arm=dropout=0.1
-    python sweep.py config/mini3.py --arm=config/mini7.py --max_steps=500      # a whole config as an arm
+    python sweep.py config/mini3.py --max_steps=500 --arm="config/mini7.py max_steps=500"  # a whole config
     python sweep.py config/demo.py --arm=qk_norm --jobs=2 --dry_run            # the runs and their state
 
-Every option of train.py is one here too and holds for all runs. An arm is one or more options (or a config
-file) on top of those; the arm `base` has none and always runs. A run is a process of its own, `python
-train.py out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`; that .py file holds the arm's configuration. Runs
-with the same seed see the same data in the same order in all arms, so differences are taken seed by seed.
+Every option of train.py is one here too and holds for all runs. An arm is options on top of those, or a
+config file, whose options win: what each arm changes is listed before it runs. The arm `base` changes nothing
+and always runs; a grid's value that the config has is base. A run is a process of its own, `python train.py
+out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`, where the .py file holds the arm's configuration. With the
+same seed all arms see the same data in the same order, so differences are taken seed by seed.
 
-The same command after Ctrl-C, SIGTERM or kill -9 goes on: runs that ended are read, half-done ones continued.
-Further arms and more seeds reuse the runs there are; runs of these names with other settings are refused.
-out/NAME_sweep/ gets table.md, results.jsonl (a row per arm), sweep.png and the output of each run.
+The same command goes on after Ctrl-C or SIGTERM, which the runs get too and save (kill -9 leaves those of the
+moment going). Runs that ended are read, half-done ones continued, those with other settings refused; further
+arms and more seeds reuse what there is. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png and the logs.
 """
 import itertools
 import json

@@ -69,15 +69,15 @@ def finished(corpus, tmp_path_factory):
 def test_arms_of_grids_and_of_flags(tmp_path):
     (tmp_path / "wide.py").write_text("d_model = 64\nn_heads = 4\n")
     cfg = SweepConfig(lr=1e-3, d_model=32, grid=("lr=1e-3,1e-2", "d-model=32,64"),
-                      arm=("activation=relu2 qk_norm", str(tmp_path / "wide.py")))
+                      arm=("activation=relu2 qk_norm", f"{tmp_path}/wide.py n_heads=8"))
     arms, problems = sweep.make_arms(cfg)
     assert not problems
     grid = ["lr-1e-3_d-model-64", "lr-1e-2_d-model-32", "lr-1e-2_d-model-64"]
-    assert [a.name for a in arms] == ["base", *grid, "activation-relu2_qk_norm", "wide"]
+    assert [a.name for a in arms] == ["base", *grid, "activation-relu2_qk_norm", "wide_n_heads-8"]
     assert arms[0].text == "base lr=0.001 d-model=32"
     assert arms[3].changes == ["d_model: 32 -> 64", "lr: 0.001 -> 0.01"] and arms[3].cfg.lr == 0.01
     assert arms[4].cfg == dataclasses.replace(arms[0].cfg, activation="relu2", qk_norm=True)
-    assert (arms[5].cfg.n_heads, arms[5].cfg.lr) == (4, 1e-3)
+    assert (arms[5].cfg.d_model, arms[5].cfg.n_heads, arms[5].cfg.lr) == (64, 8, 1e-3)
 
 
 def test_an_arm_is_written_as_a_config_file(tmp_path):
