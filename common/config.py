@@ -149,9 +149,9 @@ def from_file(path: str, kinds: dict[str, type], problems: list[str]) -> dict:
     return values
 
 
-def load(cls, argv: list[str] | None = None):
-    """cfg of type `cls` from its defaults, then the config files, then the flags of `argv` (default:
-    sys.argv).
+def load(cls, argv: list[str] | None = None, base: dict | None = None):
+    """cfg of type `cls` from its defaults (or the values in `base`), then the config files, then the flags of
+    `argv` (default: sys.argv).
 
     Flags are --key=value or --key value; a bool alone (--compile) is true; a flag for a list of strings may
     be repeated; dashes and underscores are the same. Raises ConfigError with every problem found.
@@ -161,7 +161,7 @@ def load(cls, argv: list[str] | None = None):
         print(help_text(cls))
         sys.exit(0)
     kinds, problems = option_types(cls), []
-    values, flags, bare = {}, {}, []
+    values, flags, bare = dict(base or {}), {}, []
     while argv:
         arg = argv.pop(0)
         if not arg.startswith("--"):

@@ -8,11 +8,12 @@ import pytest
 import bench
 import prepare_data
 import sample
+import sweep
 import train
 from common.config import load
 
 CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
-           "prepare_data.py": prepare_data.PrepareConfig}
+           "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig}
 TEXTS = ["README.md", *CLASSES, *sorted(str(p) for p in Path("config").glob("*.py"))]
 
 

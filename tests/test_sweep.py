@@ -1,0 +1,268 @@
+"""sweep.py: its table against the runs' own logs, stopping and going on, refusals; on real small runs."""
+import dataclasses
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import sweep
+import train
+from common import checkpoint
+from common.config import ConfigError, UserError, load
+from common.runlog import read_jsonl
+from common.stats import paired_difference
+from sweep import SweepConfig
+
+SMALL = {"name": "tiny", "device": "cpu", "dtype": "fp32", "d_model": 32, "n_layers": 1, "n_heads": 2,
+         "max_seq_len": 32, "batch_size": 8, "lr": 3e-3, "epochs": 0.0, "max_steps": 20, "eval_interval": 10,
+         "log_interval": 5}
+
+
+def options(corpus, out_dir, **more) -> dict:
+    return SMALL | {"data": corpus, "out_dir": str(out_dir)} | more
+
+
+def files_of(out_dir) -> dict[str, float]:
+    return {p.name: (p / "last.pt").stat().st_mtime_ns for p in out_dir.iterdir() if (p / "last.pt").exists()}
+
+
+def no_more_runs(monkeypatch):
+    def popen(*args, **kwargs):
+        raise AssertionError(f"started {args}")
+    monkeypatch.setattr(subprocess, "Popen", popen)
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """Two learning rates x two seeds, stopped by SIGTERM after the first run, then gone on with."""
+    out_dir = tmp_path_factory.mktemp("sweep")
+    cfg = SweepConfig(**options(corpus, out_dir, grid=("lr=3e-3,3e-4",), seeds=2, jobs=2))
+    with pytest.MonkeyPatch.context() as patch:
+        real = sweep.settle
+
+        def settle(*args):
+            real(*args)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(sweep, "settle", settle)
+        assert sweep.main(dataclasses.replace(cfg, jobs=1))["status"] == "stopped"
+    before = files_of(out_dir)
+    ended = [r["name"] for r in read_jsonl(str(out_dir / "ledger.jsonl"))]
+    assert ended == ["tiny_base_s1"] and not (out_dir / "tiny_sweep" / "table.md").exists()
+    result = sweep.main(cfg)
+    after = files_of(out_dir)
+    assert after["tiny_base_s1"] == before["tiny_base_s1"] and len(after) == 4
+    return cfg, out_dir, result["results"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arms
+
+
+def test_arms_of_grids_and_of_flags(tmp_path):
+    (tmp_path / "wide.py").write_text("d_model = 64\nn_heads = 4\n")
+    cfg = SweepConfig(lr=1e-3, d_model=32, grid=("lr=1e-3,1e-2", "d-model=32,64"),
+                      arm=("activation=relu2 qk_norm", f"{tmp_path}/wide.py n_heads=8"))
+    arms, problems = sweep.make_arms(cfg)
+    assert not problems
+    grid = ["lr-1e-3_d-model-64", "lr-1e-2_d-model-32", "lr-1e-2_d-model-64"]
+    assert [a.name for a in arms] == ["base", *grid, "activation-relu2_qk_norm", "wide_n_heads-8"]
+    assert arms[0].text == "base lr=0.001 d-model=32"
+    assert arms[3].changes == ["d_model: 32 -> 64", "lr: 0.001 -> 0.01"] and arms[3].cfg.lr == 0.01
+    assert arms[4].cfg == dataclasses.replace(arms[0].cfg, activation="relu2", qk_norm=True)
+    assert (arms[5].cfg.d_model, arms[5].cfg.n_heads, arms[5].cfg.lr) == (64, 8, 1e-3)
+
+
+def test_an_arm_is_written_as_a_config_file(tmp_path):
+    cfg = load(SweepConfig, ["config/mini7.py", "--prompts=a 'quoted' \"one\"", "--arm=qk_norm flash=false",
+                             "--beta2=0.123456789012345"])
+    arm = sweep.make_arms(cfg)[0][1]
+    sweep.write_arm(arm, str(tmp_path))
+    path = str(tmp_path / f"{arm.name}.py")
+    assert load(train.TrainConfig, [path, "--name=mini7"]) == arm.cfg
+    assert arm.cfg.eval_lens == (64, 256, 512) and not arm.cfg.flash and arm.cfg.qk_norm
+
+
+def test_all_mistakes_are_found_before_anything_runs():
+    with pytest.raises(ConfigError) as error:
+        load(SweepConfig, ["config/demo.py", "--arm=activation=relu3", "--arm=drpout=0.1",
+                           "--arm=d_model=130", "--grid=lr=1e-3,fast", "--arm=seed=7", "--arm=lr=3e-3",
+                           "--arm=qk_norm", "--arm=qk_norm", "--arm=data=data/other"])
+    for expected in (
+            "8 problems", "arm 'activation=relu3': flag --activation: expected one of",
+            "arm 'drpout=0.1': flag: no option 'drpout'; did you mean 'dropout'?",
+            "arm 'd_model=130': n_heads=4 does not divide d_model=130",
+            "arm 'lr=fast': flag --lr: expected float, got 'fast'",
+            "arm 'seed=7': only the whole sweep can set seed: 1 -> 7",
+            "arm 'lr=3e-3' changes nothing", "there is another arm 'qk_norm'", "--metric=bits_per_byte"):
+        assert expected in str(error.value), expected
+    with pytest.raises(ConfigError, match="arm 'lr=': flag --lr: expected float, got ''"):
+        SweepConfig(grid=("lr",))
+    with pytest.raises(ConfigError, match="seeds must be at least 1, got 0(?s:.*)max_minutes would end"):
+        SweepConfig(seeds=0, max_minutes=3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs and their table
+
+
+def test_table_is_what_the_runs_logged(finished, corpus):
+    cfg, out_dir, results = finished
+    best = {}
+    for arm in ("base", "lr-3e-4"):
+        for seed in (1, 2):
+            rows = read_jsonl(str(out_dir / f"tiny_{arm}_s{seed}" / "metrics.jsonl"))
+            best[arm, seed] = min(r["val_loss"] for r in rows if "val_loss" in r)
+    assert len(set(best.values())) == 4
+    base, slow = results
+    assert base["scores"] == {s: best["base", s] for s in (1, 2)}
+    assert slow["scores"] == {s: best["lr-3e-4", s] for s in (1, 2)}
+    differences = [best["lr-3e-4", s] - best["base", s] for s in (1, 2)]
+    assert slow["difference"] == pytest.approx(sum(differences) / 2) and slow["difference"] > 0.1
+    assert slow["low"] < min(differences) < max(differences) < slow["high"]
+    assert slow["p_holm"] == slow["p"] and math.isnan(base["p"])
+    assert slow["sd"] == pytest.approx(abs(best["lr-3e-4", 1] - best["lr-3e-4", 2]) / math.sqrt(2))
+    text = (out_dir / "tiny_sweep" / "table.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| lr=3e-4"))
+    for seed in (1, 2):
+        assert f" {best['lr-3e-4', seed]:.4f} " in row
+    assert f" {statistics.fmean(slow['scores'].values()):.4f} " in row and f" {slow['p']:.3g} " in row
+    assert "2 seeds show differences from about" in text and "runs at a time: 2" in text
+    saved = [json.loads(line) for line in open(out_dir / "tiny_sweep" / "results.jsonl")]
+    assert saved[1]["p"] == slow["p"] and saved[0]["difference"] is None
+    assert (out_dir / "tiny_sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_of_a_sweep_is_the_run_train_makes(finished, corpus, tmp_path):
+    _, _, results = finished
+    alone = train.main(train.TrainConfig(**options(corpus, tmp_path, lr=3e-4, seed=2)))
+    assert results[1]["scores"][2] == alone["best_val_loss"]
+    assert results[1]["parameters"] == alone["parameters"] and results[1]["tokens"] == alone["tokens"]
+
+
+def test_repeating_a_sweep_runs_nothing(finished, monkeypatch):
+    cfg, out_dir, results = finished
+    before, text = files_of(out_dir), (out_dir / "tiny_sweep" / "table.md").read_text()
+    no_more_runs(monkeypatch)
+    assert str(sweep.main(cfg)["results"]) == str(results)
+    assert files_of(out_dir) == before and (out_dir / "tiny_sweep" / "table.md").read_text() == text
+    assert len(read_jsonl(str(out_dir / "ledger.jsonl"))) == 4
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"weight_decay": 0.2}, "tiny_base_s1: weight_decay: 0.1 -> 0.2"),
+    ({"dtype": "bf16"}, "tiny_base_s1: dtype: fp32 -> bf16")])
+def test_runs_with_other_settings_are_reported_and_not_used(finished, monkeypatch, change, message):
+    cfg, _, _ = finished
+    no_more_runs(monkeypatch)
+    with pytest.raises(UserError, match=message):
+        sweep.main(dataclasses.replace(cfg, **change))
+
+
+def test_runs_on_other_data_are_reported_and_not_used(finished, bpe_corpus, monkeypatch):
+    cfg, _, _ = finished
+    no_more_runs(monkeypatch)
+    with pytest.raises(UserError, match="tiny_base_s1: data: the training tokens in .* are not those"):
+        sweep.main(dataclasses.replace(cfg, data=bpe_corpus))
+
+
+def test_a_failing_arm_is_named_and_the_others_are_kept(finished, corpus):
+    cfg, out_dir, results = finished
+    more = dataclasses.replace(cfg, grid=(), arm=("train_tokens=999999999", "lr=3e-4"), seeds=1)
+    planned = sweep.main(dataclasses.replace(more, dry_run=True))  # the grid's runs serve the same arms here
+    assert planned["runs"] == ["tiny_train_tokens-999999999_s1"]
+    with pytest.raises(UserError) as error:
+        sweep.main(more)
+    assert "tries them again\n  tiny_train_tokens-999999999_s1: error: train_tokens=999,999,999, but" \
+        in str(error.value)
+    rows = [json.loads(line) for line in open(out_dir / "tiny_sweep" / "results.jsonl")]
+    assert [r["arm"] for r in rows] == ["base", "train_tokens=999999999", "lr=3e-4"]
+    assert rows[1]["scores"] == {} and rows[1]["p"] is None
+    assert rows[2]["difference"] == results[1]["differences"][1] and rows[2]["low"] is None
+    assert "s1 failed: error: train_tokens" in (out_dir / "tiny_sweep" / "table.md").read_text()
+
+
+def test_ctrl_c_reaches_the_runs_which_save(corpus, tmp_path):
+    flags = [f"--{k}={v}" for k, v in options(corpus, tmp_path / "out", max_steps=1000000).items()]
+    command = [sys.executable, "sweep.py", *flags, "--arm=dropout=0.1", "--seeds=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    log = tmp_path / "out" / "tiny_base_s1" / "metrics.jsonl"
+    try:
+        deadline = time.monotonic() + 60
+        while not log.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped; go on with:  python sweep.py" in out
+    saved = checkpoint.load(str(log.parent / "last.pt"), keys=("progress",))["progress"]
+    assert saved["step"] >= read_jsonl(str(log))[-1]["step"] > 0 and not saved["ended"]
+    assert not (tmp_path / "out" / "tiny_dropout-0.1_s1").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Comparisons and places
+
+
+def made(scores: dict[str, list]) -> tuple[SweepConfig, list[sweep.Arm], list[sweep.Run]]:
+    """Runs that ended with these scores (None: failed) for seeds 1, 2, ..."""
+    cfg = SweepConfig(seeds=len(scores["base"]), grid=("lr=1e-4,1e-2",))
+    arms = [sweep.Arm(name, name, dataclasses.replace(train.TrainConfig(), lr=10.0 ** -i), [])
+            for i, name in enumerate(scores)]
+    row = {"parameters": 1, "tokens_per_second": 1.0, "seconds": 60.0, "tokens": 5, "git": "abc"}
+    return cfg, arms, [sweep.Run(arm, s, f"{arm.name}_{s}", None if x is None else row | {"best_val_loss": x})
+                       for arm in arms for s, x in enumerate(scores[arm.name], 1)]
+
+
+def test_differences_are_of_equal_seeds():
+    cfg, arms, runs = made({"base": [1.0, 5.0, None, 3.0], "a": [0.9, 4.8, 7.0, None],
+                            "b": [1.1, 5.2, 2.0, 3.05], "c": [None] * 4})
+    base, a, b, c = sweep.compare(cfg, arms, runs)
+    assert a["differences"] == pytest.approx({1: -0.1, 2: -0.2}) and a["difference"] == pytest.approx(-0.15)
+    assert list(b["differences"]) == [1, 2, 4]
+    assert b["p"] == paired_difference([1.1, 5.2, 3.05], [1.0, 5.0, 3.0]).p
+    low, high = sorted([a["p"], b["p"]])
+    assert sorted([a["p_holm"], b["p_holm"]]) == pytest.approx([2 * low, max(2 * low, high)])
+    assert math.isnan(c["mean"]) and math.isnan(c["p_holm"]) and base["mean"] == 3.0
+
+
+def test_one_seed_says_nothing(tmp_path):
+    cfg, arms, runs = made({"base": [1.0], "a": [0.9]})
+    results = sweep.compare(cfg, arms, runs)
+    assert results[1]["difference"] == pytest.approx(-0.1)
+    assert sweep.table(cfg, results).splitlines()[3].rstrip(" |").endswith("-0.1000")  # no interval, no p
+    assert "one seed says nothing" in " ".join(sweep.notes(cfg, results, runs))
+
+
+def test_unequal_tokens_and_code_are_said():
+    cfg, arms, runs = made({"base": [1.0, 2.0], "a": [0.9, 1.9]})
+    plain = " ".join(sweep.notes(cfg, sweep.compare(cfg, arms, runs), runs))
+    assert "tokens:" not in plain and "versions" not in plain
+    runs[3].row |= {"tokens": 9, "git": "def"}
+    text = " ".join(sweep.notes(cfg, sweep.compare(cfg, arms, runs), runs))
+    assert "equally many tokens: 5 to 7" in text and "different versions of the code: abc, def" in text
+
+
+def test_jobs_share_threads_and_gpus(monkeypatch, tmp_path):
+    started = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: started.append(env))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    _, _, (run, *_) = made({"base": [1.0]})
+    sweep.start(SweepConfig(jobs=1), run, str(tmp_path), 0)
+    assert started[-1]["OMP_NUM_THREADS"] == "6" and "CUDA_VISIBLE_DEVICES" not in started[-1]
+    for slot, gpu in enumerate("0101"):
+        sweep.start(SweepConfig(jobs=4), run, str(tmp_path), slot)
+        assert (started[-1]["OMP_NUM_THREADS"], started[-1]["CUDA_VISIBLE_DEVICES"]) == ("1", gpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    sweep.start(SweepConfig(jobs=2), run, str(tmp_path), 1)
+    assert started[-1]["CUDA_VISIBLE_DEVICES"] == "5"
