@@ -19,6 +19,7 @@ pos = "rope"
 qk_norm = True
 window = 256
 global_every = 2
+zero_init = True
 
 batch_size = 16
 epochs = 1
