@@ -297,7 +297,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x)  # (B, T, C + 2 G D)
         if self.qkv_scale is not None:
-            qkv = (qkv * self.qkv_scale + self.qkv_bias).to(qkv.dtype)
+            qkv = torch.addcmul(self.qkv_bias.to(qkv.dtype), qkv, self.qkv_scale.to(qkv.dtype))
         q, k, v = qkv.split(self.sizes, dim=-1)
         q = q.view(B, T, self.n_heads, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, D)
@@ -308,7 +308,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if self.scale is not None:
-            q = (q * self.scale[:, None, None]).to(v.dtype)  # (B, H, T, D)
+            q = q * self.scale[:, None, None].to(q.dtype)  # (B, H, T, D)
         mask = None
         if state is not None:
             k, v = state.append(k, v)  # (B, G, S, D)
@@ -494,7 +494,7 @@ class LM(nn.Module):
             if i >= unique:
                 share(block, self.blocks[i % unique], own=("adapter", "router", "qkv_scale", "qkv_bias"))
             if cfg.qkv_share:
-                share(block.mixer.qkv, self.blocks[i % unique // cfg.qkv_share * cfg.qkv_share].mixer.qkv)
+                share(block.mixer.qkv, self.blocks[i // cfg.qkv_share * cfg.qkv_share].mixer.qkv)
             if cfg.n_experts:
                 share(block.ff.pool, self.blocks[0].ff.pool)
         self.final_norm = make_norm(cfg)
