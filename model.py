@@ -15,8 +15,10 @@ changing, so that the decoding step can be compiled; where they never change, it
 Shapes: B batch, T tokens of this call, S tokens they may see (T and those in the cache), C width (d_model), H
 heads, G key/value heads, D head size (C / H), W window, F feed-forward width (d_ff), V vocabulary
 """
+import contextlib
 import functools
 import math
+import re
 import warnings
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -25,6 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch._subclasses.fake_tensor import FakeTensor
 
 from common import checkpoint
 from common.block_attention import block_attention
@@ -47,6 +50,13 @@ class ModelConfig(Config):
     n_kv_heads: int = 0  # heads G of keys and values (grouped queries); 0 = n_heads
     d_ff: int = 0  # hidden width of the feed-forward; 0 = 4 * d_model
     activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"  # relu2 = relu squared
+    n_unique_blocks: int = 0  # layer i has the weights of layer i mod n; 0 = each its own
+    adapter_rank: int = 0  # each layer adds 0.1 * (C -> rank -> C) of its input, never shared; 0 = none
+    proj_rank: int = 0  # matrices of mixer and feed-forward as two, in -> rank -> out; 0 = whole
+    qkv_share: int = 0  # so many blocks in a row share a QKV matrix; each layer scales and shifts; 0 = none
+    n_experts: int = 0  # feed-forwards in a pool that all layers share, one for each token; 0 = no pool
+    expert_balance: float = 0.01  # weight of the loss that keeps the experts' loads even
+    embed_rank: int = 0  # the table is V x rank, then rank -> C, and back before the head; 0 = V x C
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before each mixer and feed-forward, and at the end
     bias: bool = True  # biases on linear layers and LayerNorm
     head_bias: bool = True  # a bias of size V on the output
@@ -54,9 +64,12 @@ class ModelConfig(Config):
     pos: Literal["learned", "rope", "none"] = "learned"  # positions; rope has no length limit
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     qk_norm: bool = False  # normalise queries and keys per head (no weights of its own)
+    attn_scale: bool = False  # a learned factor per head on the scores, 1 at the start
+    attn_sink: bool = False  # a learned logit per head that takes part in the softmax and has no value
     window: int = 0  # tokens a local layer sees, the query's own included; 0 = every layer sees all
     global_every: int = 0  # with a window: layers n, 2n, ... (counted from 1) see all; 0 = none does
     flash: bool = True  # scaled_dot_product_attention: O(T) memory; false = written out, the same numbers
+    zero_init: bool = False  # the matrices that write to the residual stream start at zero
     dropout: float = 0.0  # on the embedding, attention weights and each block's two outputs
 
     def problems(self) -> list[str]:
@@ -64,7 +77,9 @@ class ModelConfig(Config):
         for name in ("max_seq_len", "d_model", "n_layers", "n_heads"):
             if getattr(self, name) < 1:
                 out.append(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("vocab_size", "n_tokens", "n_kv_heads", "d_ff", "window", "global_every"):
+        for name in ("vocab_size", "n_tokens", "n_kv_heads", "d_ff", "window", "global_every", "embed_rank",
+                     "n_unique_blocks", "adapter_rank", "proj_rank", "qkv_share", "n_experts",
+                     "expert_balance"):
             if getattr(self, name) < 0:
                 out.append(f"{name} must not be negative, got {getattr(self, name)}")
         if out:
@@ -80,6 +95,23 @@ class ModelConfig(Config):
             out.append(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
         if self.global_every and not self.window:
             out.append(f"global_every={self.global_every} is set, but window=0 makes every layer global")
+        if self.n_unique_blocks > self.n_layers:
+            out.append(f"n_unique_blocks={self.n_unique_blocks} is more than n_layers={self.n_layers}")
+        unique = self.n_unique_blocks or self.n_layers
+        if self.qkv_share and unique % self.qkv_share:
+            out.append(f"qkv_share={self.qkv_share} does not divide the {unique} blocks (n_unique_blocks, or "
+                       "else n_layers)")
+        if self.n_experts == 1:
+            out.append("n_experts=1 leaves nothing to choose; use 2 or more, or 0 for one feed-forward per "
+                       "layer")
+        if self.expert_balance != 0.01 and not self.n_experts:
+            out.append(f"expert_balance={self.expert_balance} is set, but n_experts=0 has nothing to balance")
+        C, d_ff = self.d_model, self.d_ff or 4 * self.d_model
+        for name, a, b in (("adapter_rank", C, C), ("proj_rank", C, C), ("proj_rank", C, d_ff),
+                           ("embed_rank", self.vocab_size, C)):
+            if getattr(self, name) * (a + b) >= a * b > 0:
+                out.append(f"{name}={getattr(self, name)} saves nothing on a matrix of {a} x {b}; use at "
+                           f"most {(a * b - 1) // (a + b)}, or 0 for none")
         if not 0 <= self.dropout < 1:
             out.append(f"dropout must be in [0, 1), got {self.dropout}")
         if self.rope_theta != 10000.0 and self.pos != "rope":
@@ -103,6 +135,44 @@ class Linear(nn.Linear):
             y = (self.weight * row).sum(-1)  # (out); ... or it would work x out again for each output
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (1, 1, out)
         return super().forward(x)
+
+
+class ExpertLinear(nn.Module):
+    """E linear maps side by side: weight (E, out, in), bias (E, out)."""
+
+    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_experts, n_out)) if bias else None
+
+    def forward(self, x, where):
+        """x (N, in) -> (N, out). `where`: how many rows in turn belong to each expert, a list of E numbers;
+        or the expert of each row (N,), whose weights are then read for each row."""
+        if torch.is_tensor(where):
+            y = (self.weight[where] * x[:, None]).sum(-1)  # (N, out)
+            return y if self.bias is None else y + self.bias[where]
+        biases = [None] * len(where) if self.bias is None else self.bias.unbind()
+        parts = zip(x.split(where), self.weight.unbind(), biases, strict=True)
+        return torch.cat([F.linear(rows, w, b) for rows, w, b in parts if len(rows)])  # (N, out)
+
+
+class LowRank(nn.Module):
+    """Two linear maps as one: in -> rank -> out."""
+
+    def __init__(self, a: nn.Module, b: nn.Module):
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x, *where):
+        return self.b(self.a(x, *where), *where)
+
+
+def linear(cfg: ModelConfig, n_in: int, n_out: int, bias: bool, n_experts: int = 0) -> nn.Module:
+    """A linear map of a block, or one for each expert; of rank proj_rank if that is set."""
+    make = functools.partial(ExpertLinear, n_experts) if n_experts else Linear
+    if cfg.proj_rank:
+        return LowRank(make(n_in, cfg.proj_rank, bias=False), make(cfg.proj_rank, n_out, bias=bias))
+    return make(n_in, n_out, bias=bias)
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
@@ -213,15 +283,22 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads or cfg.n_heads
         self.head_size = cfg.d_model // cfg.n_heads
         self.sizes = [n * self.head_size for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads)]
-        self.qkv = Linear(cfg.d_model, sum(self.sizes), bias=cfg.bias)
-        self.proj = Linear(cfg.d_model, cfg.d_model, bias=cfg.bias)
+        self.qkv = linear(cfg, cfg.d_model, sum(self.sizes), cfg.bias and not cfg.qkv_share)
+        self.qkv_scale, self.qkv_bias = (nn.Parameter(torch.empty(sum(self.sizes))) if cfg.qkv_share else None
+                                         for _ in range(2))
+        self.proj = linear(cfg, cfg.d_model, cfg.d_model, cfg.bias)
+        self.scale = nn.Parameter(torch.empty(self.n_heads)) if cfg.attn_scale else None  # (H,)
+        self.sink = nn.Parameter(torch.empty(self.n_heads)) if cfg.attn_sink else None  # (H,)
 
     def init_state(self) -> KVCache:
         return KVCache(self.window)
 
     def forward(self, x, rope, state: KVCache | None):
         B, T, C = x.shape
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        qkv = self.qkv(x)  # (B, T, C + 2 G D)
+        if self.qkv_scale is not None:
+            qkv = torch.addcmul(self.qkv_bias.to(qkv.dtype), qkv, self.qkv_scale.to(qkv.dtype))
+        q, k, v = qkv.split(self.sizes, dim=-1)
         q = q.view(B, T, self.n_heads, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, D)
         v = v.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, D)
@@ -230,6 +307,8 @@ class Attention(nn.Module):
             q, k = norm(q, (self.head_size,)).to(v.dtype), norm(k, (self.head_size,)).to(v.dtype)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
+        if self.scale is not None:
+            q = q * self.scale[:, None, None].to(q.dtype)  # (B, H, T, D)
         mask = None
         if state is not None:
             k, v = state.append(k, v)  # (B, G, S, D)
@@ -246,10 +325,10 @@ class Attention(nn.Module):
         """q (B, H, T, D), the last T of the S tokens of k and v (B, G, S, D) -> (B, H, T, D)."""
         T, S, flash = q.size(2), k.size(2), self.cfg.flash
         window = self.window if self.window < S else 0
-        flex = (window and flash and q.is_cuda and T == S and not dropout and self.head_size >= 16
-                and torch.cuda.get_device_capability(q.device) >= (8, 0))
-        if flash and (q.device.type == "cpu" or window and not flex):
-            return block_attention(q, k, v, window, dropout)
+        flex = (window and flash and q.is_cuda and T == S and self.sink is None and not dropout
+                and self.head_size >= 16 and torch.cuda.get_device_capability(q.device) >= (8, 0))
+        if flash and (q.device.type == "cpu" or self.sink is not None or window and not flex):
+            return block_attention(q, k, v, window, dropout, self.sink)
         if self.n_kv_heads < self.n_heads:
             repeats = self.n_heads // self.n_kv_heads
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (B, H, S, D)
@@ -261,36 +340,85 @@ class Attention(nn.Module):
 
     def weigh(self, q, k, v, mask, causal: bool, dropout: float):
         """Softmax of q k / sqrt(D) over the keys that `mask` (T, S) lets through (with flash also `causal`
-        without one, for T = S), times v."""
+        without one, for T = S), times v. A sink is one more key, whose score is learned and whose value is 0:
+        heads need not attend to anything (gpt-oss, 2508.10925)."""
         # one query over a ring of 768 keys in bf16: the kernel for CPUs takes 297 us, the lines below 77, but
         # 1,000 where S is new each time
         slow = mask is not None and q.size(2) == 1 and q.device.type == "cpu" and q.dtype != torch.float32
-        if self.cfg.flash and not slow:
+        if self.cfg.flash and not slow and self.sink is None:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # (B, H, T, S)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
+        if self.sink is not None:
+            sink = self.sink.view(1, q.size(1), -1, 1).to(scores.dtype)  # (1, H, 1, 1), T = 1: (1, G, H/G, 1)
+            scores = torch.cat((scores, sink.expand(*scores.shape[:-1], 1)), dim=-1)  # (B, H, T, S + 1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32)[..., :k.size(2)].to(v.dtype)  # (B, H, T, S)
         return F.dropout(weights, dropout) @ v  # (B, H, T, D)
 
 
 class FeedForward(nn.Module):
+    """With experts a pool of them, to be told `where` each row goes (see ExpertLinear)."""
+
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.activation = cfg.activation
-        d_ff = cfg.d_ff or 4 * cfg.d_model
-        self.up = Linear(cfg.d_model, 2 * d_ff if cfg.activation == "swiglu" else d_ff, bias=cfg.bias)
-        self.down = Linear(d_ff, cfg.d_model, bias=cfg.bias)
+        d_ff, d_up = cfg.d_ff or 4 * cfg.d_model, 2 if cfg.activation == "swiglu" else 1
+        self.up = linear(cfg, cfg.d_model, d_up * d_ff, cfg.bias, cfg.n_experts)
+        self.down = linear(cfg, d_ff, cfg.d_model, cfg.bias, cfg.n_experts)
 
-    def forward(self, x):
-        h = self.up(x)  # (B, T, F), or (B, T, 2F) with a gate
+    def forward(self, x, *where):
+        h = self.up(x, *where)  # (..., F), or (..., 2F) with a gate
         if self.activation == "swiglu":
             gate, h = h.chunk(2, dim=-1)
-            return self.down(F.silu(gate) * h)
-        if self.activation == "gelu":
-            return self.down(F.gelu(h))
-        h = F.relu(h)
-        return self.down(h.square() if self.activation == "relu2" else h)
+            h = F.silu(gate) * h
+        elif self.activation == "gelu":
+            h = F.gelu(h)
+        else:
+            h = F.relu(h).square() if self.activation == "relu2" else F.relu(h)
+        return self.down(h, *where)
+
+
+class Router(nn.Linear):
+    """In float32 always: a choice between near equals should not hang on 8 bits (Switch, 2101.03961)."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+class Experts(nn.Module):
+    """p_e * FFN_e(x) for the most probable expert e of each token, p = softmax(router(x)) (Switch,
+    2101.03961). No token is dropped, so that decoding equals one pass."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.router = Router(cfg.d_model, cfg.n_experts, bias=False)
+        self.pool = FeedForward(cfg)
+
+    def forward(self, x):
+        """x (B, T, C) -> (B, T, C), and in training a loss that is 1 where the experts' loads are even: that
+        of Switch, but of each sequence on its own, so that it depends on no micro-batch."""
+        p = self.router(x).softmax(dim=-1)  # (B, T, E)
+        p_best, expert = p.max(dim=-1)  # (B, T) each
+        one_step = torch.compiler.is_compiling() and x.size(1) == 1  # no sizes that depend on data
+        y = (self.pool if one_step else self.grouped)(x.flatten(0, 1), expert.flatten())  # (B * T, C)
+        y = (y.view(x.shape) * p_best[..., None]).to(x.dtype)  # (B, T, C)
+        if not self.training:
+            return y, None
+        load = F.one_hot(expert, p.size(-1)).float().mean(dim=1)  # (B, E)
+        return y, p.size(-1) * (load * p.mean(dim=1)).sum(dim=-1).mean()
+
+    @torch.compiler.disable  # it would be compiled again for each number of rows
+    def grouped(self, x, expert):
+        """Each row of x (N, C) through its expert (N,), all rows of an expert at once."""
+        E, order = self.router.out_features, expert.argsort(stable=True)
+        if isinstance(expert, FakeTensor):  # common/memory.py asks for sizes, without data: even loads
+            sizes = [len(x) * (e + 1) // E - len(x) * e // E for e in range(E)]
+        else:
+            sizes = expert.bincount(minlength=E).tolist()
+        # index_select: the gradient of x[order] takes three times as long on a CPU
+        return self.pool(x.index_select(0, order), sizes).index_select(0, order.argsort())  # (N, C)
 
 
 class Block(nn.Module):
@@ -298,12 +426,29 @@ class Block(nn.Module):
         super().__init__()
         sees_all = cfg.global_every and (layer + 1) % cfg.global_every == 0
         self.mixer_norm, self.mixer = make_norm(cfg), Attention(cfg, 0 if sees_all else cfg.window)
-        self.ff_norm, self.ff = make_norm(cfg), FeedForward(cfg)
+        self.ff_norm, self.ff = make_norm(cfg), Experts(cfg) if cfg.n_experts else FeedForward(cfg)
+        self.adapter = None
+        if cfg.adapter_rank:
+            self.adapter = LowRank(Linear(cfg.d_model, cfg.adapter_rank, bias=False),
+                                   Linear(cfg.adapter_rank, cfg.d_model, bias=False))
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, state):
+        """x (B, T, C) -> (B, T, C), and the loss for even loads of experts or None."""
+        more = 0.1 * self.adapter(x) if self.adapter else 0.0
         x = x + self.dropout(self.mixer(self.mixer_norm(x), rope, state))
-        return x + self.dropout(self.ff(self.ff_norm(x)))
+        y = self.ff(self.ff_norm(x))
+        y, balance = y if isinstance(y, tuple) else (y, None)
+        return x + self.dropout(y) + more, balance
+
+
+def share(ours: nn.Module, theirs: nn.Module, own=()) -> None:
+    """Make the parameters of `ours` those of `theirs`, which is built alike, but for those whose name has a
+    part in `own`. Modules stay apart, so that each use of a matrix can be counted."""
+    for name, p in theirs.named_parameters():
+        path, _, last = name.rpartition(".")
+        if not set(own) & set(name.split(".")):
+            setattr(ours.get_submodule(path), last, p)
 
 
 @dataclass
@@ -324,6 +469,12 @@ class DecodingState:
 # Model
 
 
+def factor_std(std: float, rank: int) -> float:
+    """Of two random matrices with this inner dimension whose product has the standard deviation `std`; `std`
+    itself for rank 0, a whole matrix."""
+    return math.sqrt(std / math.sqrt(rank)) if rank else std
+
+
 class LM(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -332,12 +483,24 @@ class LM(nn.Module):
         self.cfg = cfg
         self.checkpoint_activations = False  # keep only each block's input for backward, and run it again
         self.n_tokens = cfg.n_tokens or cfg.vocab_size
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        width = cfg.embed_rank or cfg.d_model
+        self.embed = nn.Embedding(cfg.vocab_size, width)
+        self.embed_up = Linear(width, cfg.d_model, bias=False) if cfg.embed_rank else None
         self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.pos == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        unique = cfg.n_unique_blocks or cfg.n_layers
+        for i, block in enumerate(self.blocks):
+            if i >= unique:
+                share(block, self.blocks[i % unique], own=("adapter", "router", "qkv_scale", "qkv_bias"))
+            if cfg.qkv_share:
+                share(block.mixer.qkv, self.blocks[i // cfg.qkv_share * cfg.qkv_share].mixer.qkv)
+            if cfg.n_experts:
+                share(block.ff.pool, self.blocks[0].ff.pool)
         self.final_norm = make_norm(cfg)
-        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
+        untied = cfg.embed_rank and not cfg.tie_embeddings  # tied, the transpose of embed_up
+        self.head_in = Linear(cfg.d_model, width, bias=False) if untied else None
+        self.head = Linear(width, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_parameters()
@@ -345,17 +508,24 @@ class LM(nn.Module):
     @torch.no_grad()
     def init_parameters(self) -> None:
         """GPT-2's rules: matrices and embeddings N(0, 0.02), the two matrices of each block that write to the
-        residual stream N(0, 0.02 / sqrt(2 * n_layers)) so that its variance does not grow with depth, norms
-        1, biases 0. A parameter that no rule names is an error: a new layer states how it starts."""
+        residual stream N(0, 0.02 / sqrt(2 * n_layers)) so that its variance does not grow with depth, or with
+        zero_init, as for adapters always, 0; norms and scales 1, biases and sinks 0. Where two matrices stand
+        for one, their product has its standard deviation. A parameter that no rule names is an error: a new
+        layer states how it starts."""
+        cfg = self.cfg
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            whole = re.sub(r"\.[ab]\.weight$", ".weight", name)  # the matrix that LowRank's a and b stand for
+            table = name in ("embed.weight", "embed_up.weight", "head_in.weight", "head.weight")
+            rank = cfg.embed_rank if table else 0 if whole == name else p.size(-2 if name[-8] == "a" else -1)
+            if name.endswith(("bias", "sink")):
                 p.zero_()
-            elif name.endswith("norm.weight"):
+            elif name.endswith(("norm.weight", "scale")):
                 p.fill_(1.0)
-            elif name.endswith(("proj.weight", "down.weight")):
-                p.normal_(0, 0.02 / math.sqrt(2 * self.cfg.n_layers))
-            elif name.endswith(("embed.weight", "qkv.weight", "up.weight", "head.weight")):
-                p.normal_(0, 0.02)
+            elif whole.endswith(("proj.weight", "down.weight", "adapter.weight")):
+                zero = (cfg.zero_init or "adapter" in name) and not name.endswith(".a.weight")
+                p.normal_(0, 0.0 if zero else factor_std(0.02 / math.sqrt(2 * cfg.n_layers), rank))
+            elif table or whole.endswith(("embed.weight", "qkv.weight", "up.weight", "router.weight")):
+                p.normal_(0, factor_std(0.02, rank))
             else:
                 raise AssertionError(f"no initialisation rule for {name} {tuple(p.shape)}: add one here")
 
@@ -365,23 +535,31 @@ class LM(nn.Module):
 
         Targets of -1 do not count. A `state` from init_state() is advanced in place, so that the next call
         continues where this one ended: decoding T tokens one by one equals one pass over T tokens. Without
-        one, None is returned.
+        one, None is returned. With experts the loss in training mode has expert_balance times the mean of
+        the layers' losses for even loads in it.
         """
-        x = self.hidden(tokens, state)  # (B, T, C)
+        balances = []
+        x = self.hidden(tokens, state, balances)  # (B, T, C)
         if targets is None:
             return self.head(x), state  # (B, T, V)
         head = self.head  # the loss never holds all logits: see head_loss.py
-        return cross_entropy(x.flatten(0, 1), head.weight, head.bias, targets.flatten()), state
+        loss = cross_entropy(x.flatten(0, 1), head.weight, head.bias, targets.flatten())
+        if self.training and self.cfg.n_experts:
+            loss = loss + self.cfg.expert_balance * sum(balances) / len(balances)
+        return loss, state
 
-    def hidden(self, tokens, state: DecodingState | None = None):
-        """tokens (B, T) -> the final norm's output (B, T, C), which the head reads."""
+    def hidden(self, tokens, state: DecodingState | None = None, balances: list | None = None):
+        """tokens (B, T) -> what the head reads: the final norm's output (B, T, C), with embed_rank brought
+        down to (B, T, rank). Each layer's loss for even loads of experts is appended to `balances`."""
         start = state.length if state else 0
         stop = start + tokens.size(1)
         if self.pos_embed is not None and isinstance(stop, int) and stop > self.cfg.max_seq_len:
             raise ValueError(f"{stop} tokens, but learned positions end at max_seq_len="
                              f"{self.cfg.max_seq_len}; use fewer, or train with pos=rope or pos=none")
         positions = start + torch.arange(tokens.size(1), device=tokens.device)  # (T,)
-        x = self.embed(tokens)  # (B, T, C)
+        x = self.embed(tokens)  # (B, T, C), or (B, T, rank) with embed_rank
+        if self.embed_up is not None:
+            x = self.embed_up(x)  # (B, T, C)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)  # (B, T, C)
         rope = None
@@ -390,12 +568,17 @@ class LM(nn.Module):
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, rope, None, use_reentrant=False)
+                x, balance = torch.utils.checkpoint.checkpoint(block, x, rope, None, use_reentrant=False)
             else:
-                x = block(x, rope, state.layers[i] if state else None)
+                x, balance = block(x, rope, state.layers[i] if state else None)
+            if balances is not None:
+                balances.append(balance)
         if state:
             state.length += tokens.size(1)  # in place where it is a tensor
-        return self.final_norm(x)
+        x = self.final_norm(x)
+        if self.embed_up is None:
+            return x
+        return self.head_in(x) if self.head_in is not None else F.linear(x, self.embed_up.weight.t())
 
     def init_state(self) -> DecodingState:
         return DecodingState(0, [block.mixer.init_state() for block in self.blocks])
@@ -466,12 +649,34 @@ class LM(nn.Module):
 
     def count_parameters(self) -> dict[str, int]:
         """`total`; `non_embedding`: without token and position tables and an untied head's matrix; `matmul`:
-        the weights that multiply every token, head included, which set the cost."""
+        the weights that multiply a token, which set the cost: the head's too, shared ones at each use, those
+        of one expert."""
         total = sum(p.numel() for p in self.parameters())
         modules = [m for m in (self.embed, self.pos_embed, self.head) if m is not None]
         tables = {id(m.weight): m.weight.numel() for m in modules}  # a tied matrix counts once
-        matmul = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        matmul = sum(m.weight.numel() if isinstance(m, nn.Linear) else m.weight[0].numel()
+                     for m in self.modules() if isinstance(m, (nn.Linear, ExpertLinear)))
+        if self.embed_up is not None and self.head_in is None:
+            matmul += self.embed_up.weight.numel()  # its transpose before the head
         return {"total": total, "non_embedding": total - sum(tables.values()), "matmul": matmul}
+
+    @contextlib.contextmanager
+    def expert_usage(self):
+        """Counts, while it is open, the tokens that each layer sends to each expert, into the tensor (L, E)
+        that it gives."""
+        E = self.cfg.n_experts
+        counts = torch.zeros(self.cfg.n_layers, E, dtype=torch.long, device=self.embed.weight.device)
+
+        def count(layer, module, inputs, logits):
+            counts[layer] += F.one_hot(logits.argmax(dim=-1), E).sum(dim=(0, 1))
+
+        routers = [block.ff.router for block in self.blocks] if E else []
+        hooks = [r.register_forward_hook(functools.partial(count, i)) for i, r in enumerate(routers)]
+        try:
+            yield counts
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def flops_per_token(self, seq_len: int) -> float:
         """Forward and backward: 6 per multiplied parameter and 12 C T per layer for attention, not discounted

@@ -232,19 +232,22 @@ def evaluate(model: LM, tokens, split: dict, seq_len: int, batch_size: int, dist
     nats, count = 0.0, 0
     batches = data.eval_batches(tokens, seq_len, batch_size, dist.rank, dist.world, dist.device)
     total = math.ceil(len(tokens) / seq_len / batch_size / dist.world)
-    for x, y in tqdm(batches, total=total, desc="evaluating", leave=False, delay=5,
-                     disable=not dist.is_main or not sys.stderr.isatty()):
-        with distributed.autocast(dtype, dist.device):
-            loss, _ = model(x, y)
-        valid = int((y >= 0).sum())
-        nats, count = nats + loss.item() * valid, count + valid
-        if stop.requested:
-            break
+    with model.expert_usage() as usage:
+        for x, y in tqdm(batches, total=total, desc="evaluating", leave=False, delay=5,
+                         disable=not dist.is_main or not sys.stderr.isatty()):
+            with distributed.autocast(dtype, dist.device):
+                loss, _ = model(x, y)
+            valid = int((y >= 0).sum())
+            nats, count = nats + loss.item() * valid, count + valid
+            if stop.requested:
+                break
     model.train()
-    nats, count, stopped = dist.sum(nats, count, float(stop.requested))
+    nats, count, stopped, *used = dist.sum(nats, count, float(stop.requested), *usage.flatten().tolist())
     if stopped:
         return None
-    return {"loss": nats / count, "perplexity": math.exp(min(700, nats / count)),
+    used = torch.tensor(used).view(usage.shape)  # (L, E)
+    shares = {"expert_usage": (used / used.sum(dim=1, keepdim=True)).tolist()} if used.numel() else {}
+    return {**shares, "loss": nats / count, "perplexity": math.exp(min(700, nats / count)),
             "bits_per_byte": nats / math.log(2) / split["bytes"],
             "word_perplexity": math.exp(min(700, nats / split["words"]))}
 
@@ -638,6 +641,8 @@ def report(job: Job, result: dict, losses: dict, train_loss: float, better: bool
         f"{'*' if better else ' '} {measures(result)} | {speed_text(job, speed)}")
     if cfg.eval_lens:
         say("              loss by context length: " + ", ".join(f"{n}: {v:.4f}" for n, v in losses.items()))
+    for i, shares in enumerate(result.get("expert_usage", [])):
+        say(f"              layer {i + 1}: tokens per expert " + " ".join(f"{share:.0%}" for share in shares))
     for prompt, text in samples.items():  # on one line here; as it is in samples.txt
         say(f"              {prompt}|{' '.join(text.split()):.180}")
     job.log.draw(f"{cfg.name}: {job.model.count_parameters()['total']:,} parameters")

@@ -5,7 +5,7 @@
 A block of queries meets only the keys it may see, so half of the products of causal attention are not made,
 and with a window time and memory are O(T * window). On the CPU the batched products beat the kernel behind
 scaled_dot_product_attention two to three times in bf16 (forward and backward, T 256-4,096), and unlike that
-kernel this also has dropout without the full (T, S) matrix.
+kernel this also has dropout without the full (T, S) matrix, and sinks.
 
 Shapes: B batch, H heads, G key/value heads, T queries, S keys (the queries are the last T of S positions), D
 head size, Q queries of a block, K keys they may see
@@ -13,17 +13,19 @@ head size, Q queries of a block, K keys they may see
 import math
 
 import torch
+import torch.nn.functional as F
 
 BLOCK = 128  # queries: 64 to 256 differ little
 KEEP_KEYS = 1024  # weights of at most so many keys a query are kept for backward; longer ones are made again
 
 
 @torch.compiler.disable  # a loop over blocks: to be unrolled it is too long
-def block_attention(q, k, v, window: int = 0, dropout: float = 0.0):
+def block_attention(q, k, v, window: int = 0, dropout: float = 0.0, sink=None):
     """Softmax attention of q (B, H, T, D) to k and v (B, G, S, D), each query to itself and what comes before
-    it, with a window to the last `window` of those."""
+    it, with a window to the last `window` of those. `sink` (H,): the score of one more key, whose value is
+    0."""
     with torch.autocast(q.device.type, enabled=False):
-        return BlockAttention.apply(q, k, v, window or k.size(2), dropout, torch.is_grad_enabled())
+        return BlockAttention.apply(q, k, v, window or k.size(2), dropout, torch.is_grad_enabled(), sink)
 
 
 def blocks(T: int, S: int, window: int):
@@ -34,13 +36,17 @@ def blocks(T: int, S: int, window: int):
         yield begin, end, max(0, S - T + begin - window + 1), S - T + end
 
 
-def weights_of(q, k, position: int, first: int, window: int):
+def weights_of(q, k, position: int, first: int, window: int, sink=None):
     """softmax(q k^T) (B * G, H/G * Q, K) of queries q (B * G, H/G, Q, D), the first of them at `position`, to
-    the keys k (B * G, K, D) from `first` on."""
+    the keys k (B * G, K, D) from `first` on; with `sink` (B * G, H/G, 1) K + 1 columns, its weight the
+    last."""
     Q, K = q.size(2), k.size(1)
-    z = torch.bmm(q.flatten(1, 2), k.transpose(1, 2)).view(*q.shape[:3], K)  # (B * G, H/G, Q, K)
+    keys = k if sink is None else F.pad(k, (0, 0, 0, 1))  # (B * G, K or K + 1, D)
+    z = torch.bmm(q.flatten(1, 2), keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B * G, H/G, Q, K or K + 1)
+    if sink is not None:
+        z[..., K] = sink
     above = torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu(1)  # (Q, Q): later than the query
-    z[..., K - Q:].masked_fill_(above, -math.inf)
+    z[..., K - Q:K].masked_fill_(above, -math.inf)
     if position + Q - window > first:  # some keys are too old for the last queries
         hidden = position - window + 1 - first  # the first query cannot see so many (negative: more)
         width = Q - 1 + hidden
@@ -60,46 +66,55 @@ def random_keep(x, dropout: float):
 
 class BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, window, dropout, grad):
+    def forward(ctx, q, k, v, window, dropout, grad, sink):
         (B, H, T, D), (_, G, S, _) = q.shape, k.shape
         q = (q * D ** -0.5).reshape(B * G, H // G, T, D)
         k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, D)
+        score = None if sink is None else sink.view(G, H // G, 1).repeat(B, 1, 1)  # (B * G, H/G, 1)
         y = torch.empty_like(q)  # (B * G, H/G, T, D)
         keep = grad and (dropout > 0 or min(window, S) <= KEEP_KEYS)
         kept = []
         for begin, end, first, stop in blocks(T, S, window):
-            p = weights_of(q[:, :, begin:end], k[:, first:stop], S - T + begin, first, window)
-            mask = random_keep(p, dropout) if dropout else None
-            seen = p if mask is None else p * mask
+            p = weights_of(q[:, :, begin:end], k[:, first:stop], S - T + begin, first, window, score)
+            seen = p[..., :stop - first]  # (B * G, H/G * Q, K), without the sink
+            mask = random_keep(seen, dropout) if dropout else None
+            seen = seen if mask is None else seen * mask
             y[:, :, begin:end] = torch.bmm(seen, v[:, first:stop]).view(B * G, H // G, end - begin, D)
             kept += [p, mask] if keep else []
         if grad:
-            ctx.save_for_backward(q, k, v, y, *kept)
+            ctx.save_for_backward(q, k, v, y, score, *kept)
             ctx.window, ctx.dropout, ctx.shapes = window, dropout, ((B, H, T, D), (B, G, S, D))
+            ctx.sink = None if sink is None else sink.dtype
         return y.view(B, H, T, D)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        q, k, v, y, *kept = ctx.saved_tensors
+        q, k, v, y, sink, *kept = ctx.saved_tensors
         (B, H, T, D), (_, G, S, _) = ctx.shapes
         dy = dy.reshape(B * G, H // G, T, D)
         inner = (dy.float() * y.float()).sum(dim=-1, keepdim=True).to(dy.dtype)  # (B * G, H/G, T, 1)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))  # float32: sums over blocks
+        dsink = None if sink is None else torch.zeros(B, H, device=k.device)
         for i, (begin, end, first, stop) in enumerate(blocks(T, S, ctx.window)):
             qs, d = (a[:, :, begin:end].flatten(1, 2) for a in (q, dy))  # (B * G, H/G * Q, D)
             ks, vs = k[:, first:stop], v[:, first:stop]  # (B * G, K, D)
             if kept:
                 p, mask = kept[2 * i:2 * i + 2]
             else:
-                p, mask = weights_of(q[:, :, begin:end], ks, S - T + begin, first, ctx.window), None
+                p, mask = weights_of(q[:, :, begin:end], ks, S - T + begin, first, ctx.window, sink), None
+            about = inner[:, :, begin:end].flatten(1, 2)  # (B * G, H/G * Q, 1)
+            if sink is not None:  # as dz below: its value is 0
+                dsink -= (p[..., -1:] * about).float().view(B, H, end - begin).sum(dim=-1)  # (B, H)
+                p = p[..., :-1]  # (B * G, H/G * Q, K)
             dv[:, first:stop] += torch.bmm((p if mask is None else p * mask).transpose(1, 2), d)
             dz = torch.bmm(d, vs.transpose(1, 2))  # (B * G, H/G * Q, K)
             if mask is not None:
                 dz *= mask
-            dz = dz.sub_(inner[:, :, begin:end].flatten(1, 2)).mul_(p)
+            dz = dz.sub_(about).mul_(p)
             dq[:, :, begin:end] = torch.bmm(dz, ks).view(B * G, H // G, end - begin, D)
             dk[:, first:stop] += torch.bmm(dz.transpose(1, 2), qs)
         dq = dq.mul_(D ** -0.5).view(B, H, T, D)
-        return dq, dk.to(k.dtype).view(B, G, S, D), dv.to(v.dtype).view(B, G, S, D), None, None, None
+        dsink = None if sink is None else dsink.sum(dim=0).to(ctx.sink)  # (H,)
+        return dq, dk.to(k.dtype).view(B, G, S, D), dv.to(v.dtype).view(B, G, S, D), None, None, None, dsink

@@ -45,7 +45,7 @@ class Needs:
         with FakeTensorMode():
             self.parameters = sum(p.numel() * 4 for p in make_model().parameters())
         self.states = self.parameters * (1 if cfg.optimizer == "sgd" else 2)  # a little less with muon
-        self.head = cfg.vocab_size * cfg.d_model * 4
+        self.head = cfg.vocab_size * (cfg.embed_rank or cfg.d_model) * 4
         self.logits = cfg.max_seq_len * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
         self.base, self.slack = 0.0, 1.0
         if device.type == "cpu":  # the whole process counts; and as measured: libraries, holes in the heap

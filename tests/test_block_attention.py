@@ -1,4 +1,5 @@
 """block_attention.py against attention with a dense mask, and the statistics of its dropout."""
+import itertools
 import math
 
 import pytest
@@ -9,14 +10,17 @@ from common.block_attention import block_attention, random_keep
 from tests.test_head_loss import Made
 
 
-def dense(q, k, v, window, keep=None):
-    """By definition, with all (T, S) weights, optionally times `keep` (B, H, T, S). window 0: all before."""
+def dense(q, k, v, window, keep=None, sink=None):
+    """By definition, with all (T, S) weights, optionally times `keep` (B, H, T, S). window 0: all before.
+    exp(sink) (H,) is one more term of the sum that the weights are divided by."""
     T, S = q.size(2), k.size(2)
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, H, S, D)
     query, key = torch.arange(S - T, S)[:, None], torch.arange(S)
     hidden = (key > query) | (key <= query - (window or S))  # (T, S)
     scores = (q @ k.transpose(2, 3) / math.sqrt(q.size(3))).masked_fill(hidden, -math.inf)
-    weights = scores.softmax(-1)  # (B, H, T, S)
+    if sink is not None:
+        scores = torch.cat((scores, sink[:, None, None].expand(*scores.shape[:3], 1).to(scores)), 3)
+    weights = scores.softmax(-1)[..., :S]  # (B, H, T, S)
     return (weights if keep is None else weights * keep) @ v
 
 
@@ -27,15 +31,20 @@ def random_qkv(T, S, H=4, G=4, B=2, D=8, dtype=torch.float32):
             for n, heads in ((T, H), (S, G), (S, G))]
 
 
+def random_sink(H=4):
+    return torch.linspace(-1, 2, H).requires_grad_()
+
+
 def run(attention, qkv, *rest, **options):
-    """[y, dq, dk, dv] for one random gradient of y."""
+    """[y, dq, dk, dv and, with one, dsink] for one random gradient of y."""
     y = attention(*qkv, *rest, **options)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, qkv, dy)]
+    inputs = [*qkv, options["sink"]] if options.get("sink") is not None else qkv
+    return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
 
 def assert_close(got, expected, **tolerance):
-    for name, a, b in zip("y q k v".split(), got, expected, strict=True):
+    for name, a, b in zip("y q k v sink".split()[:len(got)], got, expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -50,8 +59,9 @@ def test_equals_the_dense_mask(T, S, H, G, block, keep_keys, monkeypatch):
     monkeypatch.setattr(module, "BLOCK", block)
     monkeypatch.setattr(module, "KEEP_KEYS", keep_keys)
     qkv = random_qkv(T, S, H, G)
-    for window in (0, 1, 2, 17, S, S + 5):
-        assert_close(run(block_attention, qkv, window), run(dense, qkv, window), atol=1e-5, rtol=1e-5)
+    for window, sink in itertools.product((0, 1, 2, 17, S, S + 5), (None, random_sink(H))):
+        assert_close(run(block_attention, qkv, window, sink=sink), run(dense, qkv, window, sink=sink),
+                     atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 20])
@@ -69,11 +79,11 @@ def test_bf16_errs_no_more_than_dense_bf16(scale, window, monkeypatch):
     """Scores of standard deviation 1 and 9: both round them to 8 bits. Many blocks, for sums over them."""
     monkeypatch.setattr(module, "BLOCK", 4)
     q, k, v = (x.detach() for x in random_qkv(300, 300, D=16, dtype=torch.bfloat16))
-    low = [x.requires_grad_() for x in (q * scale, k * scale, v)]
-    exact = run(dense, [x.detach().double().requires_grad_() for x in low], window)
-    for name, a, b, c in zip("y q k v".split(), run(block_attention, low, window), run(dense, low, window),
-                             exact, strict=True):
-        assert a.dtype == torch.bfloat16
+    low, sink = [x.requires_grad_() for x in (q * scale, k * scale, v)], random_sink()
+    exact = run(dense, [x.detach().double().requires_grad_() for x in low], window, sink=sink)
+    for name, a, b, c in zip("y q k v sink".split(), run(block_attention, low, window, sink=sink),
+                             run(dense, low, window, sink=sink), exact, strict=True):
+        assert a.dtype == (torch.float32 if name == "sink" else torch.bfloat16)
         assert (a - c).norm() < 1.3 * (b - c).norm() < 0.1 * c.norm(), name
 
 
@@ -84,7 +94,7 @@ def test_weights_made_again_are_those_that_were_kept(window, dropout, monkeypatc
     for keys in (0, 10**6):
         monkeypatch.setattr(module, "KEEP_KEYS", keys)
         torch.manual_seed(0)
-        results.append(run(block_attention, qkv, window, dropout=dropout))
+        results.append(run(block_attention, qkv, window, dropout=dropout, sink=random_sink()))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -119,12 +129,13 @@ def test_gradients_are_those_of_the_drawn_weights(T, S, G, window, dropout, monk
     drawn, qkv = [], random_qkv(T, S, 4, G)
     monkeypatch.setattr(module, "random_keep",
                         lambda *args: drawn.append(random_keep(*args)) or drawn[-1])
-    got = run(block_attention, qkv, window, dropout)
+    sink = random_sink()
+    got = run(block_attention, qkv, window, dropout, sink=sink)
     keep, masks = torch.zeros(2, 4, T, S), iter(drawn)
     for begin, end, first, stop in module.blocks(T, S, window or S):
         keep[:, :, begin:end, first:stop] = next(masks).view(2, 4, end - begin, stop - first)
     assert next(masks, None) is None and keep.any()
-    assert_close(got, run(dense, qkv, window, keep), atol=1e-5, rtol=1e-5)
+    assert_close(got, run(dense, qkv, window, keep, sink=sink), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
