@@ -1,6 +1,8 @@
 """muon.py against torch.optim.Muon, the singular value decomposition, torch's AdamW, and one process."""
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch.multiprocessing
 
 import muon
 import train
+from common.config import load
 from model import LM
 from muon import Muon, orthogonalize, parameter_groups
 
@@ -235,3 +238,37 @@ def test_queries_keys_values_and_gates_are_orthogonal_each():
 def test_learning_rate_of_a_head_that_is_tied_is_refused():
     with pytest.raises(train.UserError, match="head_lr=0.001 is set, but the head's matrix"):
         config(head_lr=1e-3)
+
+
+def test_reused_parameters_have_their_groups_too():
+    cfg = config(n_unique_blocks=1, adapter_rank=4, proj_rank=8, n_experts=2, embed_rank=8, qkv_share=1,
+                 attn_scale=True, attn_sink=True, activation="swiglu", tie_embeddings=False)
+    model = LM(cfg)
+    groups = {g["name"]: g for g in parameter_groups(model, cfg)}
+    names = {id(p): n for n, p in model.named_parameters()}
+    inside = {k: {names[id(p)] for p in g["params"]} for k, g in groups.items()}
+    assert sorted(n for group in inside.values() for n in group) == sorted(names.values())
+    assert inside["embeddings"] == {"embed.weight", "embed_up.weight", "pos_embed.weight"}
+    assert inside["head"] == {"head.weight", "head_in.weight"}
+    vectors = ("bias", "scale", "sink", "router.weight", "norm.weight")
+    assert all(n.endswith(vectors) for n in inside["scalars"])
+    rows = dict(zip((names[id(p)] for p in groups["matrices"]["params"]), groups["matrices"]["parts"],
+                    strict=True))
+    assert rows["blocks.0.mixer.qkv.b.weight"] == [32, 32, 32] and rows["blocks.0.mixer.qkv.a.weight"] == [8]
+    assert rows["blocks.0.ff.pool.up.b.weight"] == [48, 48] and rows["blocks.1.adapter.a.weight"] == [4]
+    optimizer = train.make_optimizer(cfg, model)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step()
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["tinier", "tinier_recycled", "tinier_compact"])
+def test_the_kit_has_as_many_parameters_as_its_files_say(name):
+    path = f"config/{name}.py"
+    said = re.search(r"([\d,]+) parameters, ([\d,]+) without embeddings", Path(path).read_text()).groups()
+    with torch.device("meta"):
+        counts = LM(load(train.TrainConfig, [path, "--vocab_size=8192"])).count_parameters()
+    assert (f"{counts['total']:,}", f"{counts['non_embedding']:,}") == said
+    assert name != "tinier" or counts["total"] == 4_894_272  # the notes' own figure
