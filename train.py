@@ -190,7 +190,8 @@ def choose_compile(cfg: TrainConfig, flops: float, device) -> tuple[bool, str]:
 
 def make_optimizer(cfg: TrainConfig, model: LM):
     groups = parameter_groups(model, cfg)
-    assert sum(p.numel() for g in groups for p in g["params"]) == model.count_parameters()["total"]
+    grouped = sum(p.numel() for g in groups for p in g["params"])
+    assert grouped == model.count_parameters()["total"], f"{grouped:,} parameters are in optimiser groups"
     if cfg.optimizer == "muon":
         return Muon(groups, betas=(cfg.beta1, cfg.beta2))
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
