@@ -273,7 +273,7 @@ def torchrun(cfg, world):
     return done.stdout
 
 
-def assert_close_run(a, b, rel_tol):
+def assert_close_run(a, b, rel_tol=2e-5):
     assert len(losses(a)) == len(losses(b)) > 20
     for one, two in zip(losses(a), losses(b), strict=True):
         assert [v is None for v in one] == [v is None for v in two]
