@@ -435,11 +435,11 @@ class Block(nn.Module):
 
     def forward(self, x, rope, state):
         """x (B, T, C) -> (B, T, C), and the loss for even loads of experts or None."""
-        more = 0.1 * self.adapter(x) if self.adapter else 0.0
-        x = x + self.dropout(self.mixer(self.mixer_norm(x), rope, state))
+        given, x = x, x + self.dropout(self.mixer(self.mixer_norm(x), rope, state))
         y = self.ff(self.ff_norm(x))
         y, balance = y if isinstance(y, tuple) else (y, None)
-        return x + self.dropout(y) + more, balance
+        x = x + self.dropout(y)
+        return (x + 0.1 * self.adapter(given) if self.adapter else x), balance
 
 
 def share(ours: nn.Module, theirs: nn.Module, own=()) -> None:
