@@ -39,8 +39,8 @@ class Needs:
         one, two = (kept_by_autograd(make_model, n, cfg.max_seq_len, dtype) for n in (1, 2))
         layer = self.layer = (two - one) / cfg.n_layers  # of a sequence
         self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
-        # the input of each block; one block run again, its gradients, and holes: 1.15 to 1.36 GB were measured
-        # in one and the same run (d 256, T 1,024), two threads' heaps being filled in another order each time
+        # the input of each block; one block run again, its gradients, and holes: repeats of one run measured
+        # 1.15 to 1.36 GB (d 256, T 1,024), why is not known; this lies between
         if cfg.checkpoint_activations:
             self.fixed = 0
             self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 3.5 * layer
