@@ -13,14 +13,15 @@ Block makes its Attention. A state also has `fix(size, position)`, which stops t
 changing, so that the decoding step can be compiled; where they never change, it does nothing.
 
 Shapes: B batch, T tokens of this call, S tokens they may see (T and those in the cache), C width (d_model), H
-heads, G key/value heads, D head size (C / H), W window, F feed-forward width (d_ff), V vocabulary
+heads, G key/value heads, D head size (C / H), W window, F feed-forward width (d_ff), K context width
+(context_dim), V vocabulary
 """
 import contextlib
 import functools
 import math
 import re
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -33,6 +34,7 @@ from common import checkpoint
 from common.block_attention import block_attention
 from common.config import Config
 from common.head_loss import cross_entropy
+from common.recurrence import gated_loop, linear_scan
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -45,7 +47,11 @@ class ModelConfig(Config):
     n_tokens: int = 0  # ids the tokenizer has; rows above are padding and never sampled; 0 = vocab_size
     max_seq_len: int = 512  # training context in tokens; the size of the position table with pos=learned
     d_model: int = 128  # width C of the residual stream
-    n_layers: int = 4  # blocks
+    n_layers: int = 4  # blocks; with the gated context the ReLU layers of its loop
+    mixer: Literal["attention", "context", "lstm"] = "attention"  # the last two have a state of fixed size
+    context_update: Literal["gated", "scan"] = "gated"  # gates read context and token, or the token alone
+    context_dim: int = 0  # width K of a context vector, or of an LSTM's state; 0 = d_model
+    short_conv: int = 0  # a causal convolution over so many tokens before each mixer; 0 = none
     n_heads: int = 4  # attention heads H
     n_kv_heads: int = 0  # heads G of keys and values (grouped queries); 0 = n_heads
     d_ff: int = 0  # hidden width of the feed-forward; 0 = 4 * d_model
@@ -72,6 +78,15 @@ class ModelConfig(Config):
     zero_init: bool = False  # the matrices that write to the residual stream start at zero
     dropout: float = 0.0  # on the embedding, attention weights and each block's two outputs
 
+    @property
+    def gated(self) -> bool:
+        return self.mixer == "context" and self.context_update == "gated"
+
+    @property
+    def head_width(self) -> int:
+        """Of what the head reads."""
+        return self.embed_rank or (self.d_ff or 4 * self.d_model if self.gated else self.d_model)
+
     def problems(self) -> list[str]:
         out = []
         for name in ("max_seq_len", "d_model", "n_layers", "n_heads"):
@@ -79,12 +94,15 @@ class ModelConfig(Config):
                 out.append(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("vocab_size", "n_tokens", "n_kv_heads", "d_ff", "window", "global_every", "embed_rank",
                      "n_unique_blocks", "adapter_rank", "proj_rank", "qkv_share", "n_experts",
-                     "expert_balance"):
+                     "expert_balance", "context_dim", "short_conv"):
             if getattr(self, name) < 0:
                 out.append(f"{name} must not be negative, got {getattr(self, name)}")
         if out:
             return out
-        if self.d_model % self.n_heads:
+        out += self.mixer_problems()
+        if self.mixer != "attention":
+            pass  # without heads
+        elif self.d_model % self.n_heads:
             fits = min((h for h in range(1, self.d_model + 1) if self.d_model % h == 0),
                        key=lambda h: abs(h - self.n_heads))
             out.append(f"n_heads={self.n_heads} does not divide d_model={self.d_model}; n_heads={fits} does")
@@ -119,6 +137,25 @@ class ModelConfig(Config):
         if self.vocab_size and self.n_tokens > self.vocab_size:
             out.append(f"n_tokens={self.n_tokens} is more than vocab_size={self.vocab_size}")
         return out
+
+    def mixer_problems(self) -> list[str]:
+        """Options that this mixer would ignore, or cannot do without."""
+        unused = {"context_dim"} if self.mixer == "attention" else {
+            "n_kv_heads", "qkv_share", "qk_norm", "attn_scale", "attn_sink", "window", "global_every"}
+        unused |= {"context_update"} if self.mixer != "context" else set()
+        unused |= {"proj_rank"} if self.mixer == "lstm" else set()
+        needs = {} if self.mixer == "attention" else {"pos": "none"}  # its state knows the order
+        if self.gated:
+            unused |= {"n_unique_blocks", "adapter_rank", "proj_rank", "n_experts", "zero_init", "short_conv"}
+            needs |= {"activation": "relu", "norm": "layernorm", "bias": True}
+            if self.tie_embeddings and self.head_width != (self.embed_rank or self.d_model):
+                needs["tie_embeddings"] = False  # the head is d_ff wide
+        needs |= {name: getattr(ModelConfig, name) for name in sorted(unused)}  # the defaults
+        wrong = [f"--{name}={value}" for name, value in needs.items() if getattr(self, name) != value]
+        kind = f"mixer={self.mixer}"
+        if self.mixer == "context":
+            kind += f" with context_update={self.context_update}"
+        return [f"{kind} needs {' '.join(wrong)}"] if wrong else []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,6 +261,7 @@ class KVCache:
         self.window = window
         self.k = self.v = self.position = None
         self.length = 0  # tokens in the buffer
+        self.past = None  # for ShortConv
 
     def append(self, k, v):
         """Add (B, G, T, D) each; returns what the T may see, (B, G, S, D) each: all so far, or with a window
@@ -357,6 +395,100 @@ class Attention(nn.Module):
         return F.dropout(weights, dropout) @ v  # (B, H, T, D)
 
 
+@dataclass
+class RecurrentState:
+    """What a recurrent mixer carries: tensors (B, K), whatever came before. It has no gradient, so training
+    from one is truncated back-propagation through time."""
+    tensors: tuple = ()
+    past: torch.Tensor | None = None  # for ShortConv
+
+    def fix(self, size: int, position):
+        pass  # no shape ever changes
+
+
+class ContextScan(nn.Module):
+    """c_t = f_t c_{t-1} + (1 - f_t) u_t, whose gate f and candidate u read the token alone: a linear
+    recurrence, so all positions at once (minGRU, 2410.01201). Deeper layers read what those below
+    remember."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.width = cfg.context_dim or cfg.d_model
+        self.gates = linear(cfg, cfg.d_model, 2 * self.width, False)
+        self.forget_bias = nn.Parameter(torch.empty(self.width))  # (K,)
+        self.proj = linear(cfg, self.width, cfg.d_model, cfg.bias)
+
+    def init_state(self) -> RecurrentState:
+        return RecurrentState()
+
+    def forward(self, x, rope, state: RecurrentState | None):
+        f, u = self.gates(x).float().chunk(2, dim=-1)  # (B, T, K) each; in float32 what is summed up over T
+        f = torch.sigmoid(f + self.forget_bias)
+        c = state.tensors[0] if state and state.tensors else u.new_zeros(u.size(0), self.width)  # (B, K)
+        if x.size(1) == 1:
+            y = torch.lerp(u, c[:, None], f)  # (B, 1, K)
+        else:
+            y = linear_scan(f, (1 - f) * u, c)  # (B, T, K)
+        if state:
+            state.tensors = (y[:, -1].detach(),)
+        return self.proj(y.to(x.dtype))  # (B, T, C)
+
+
+class LSTM(nn.Module):
+    """torch's LSTM of width K, and a product back to C."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.width = cfg.context_dim or cfg.d_model
+        self.gates = Linear(cfg.d_model, 4 * self.width, bias=cfg.bias)  # input, forget, cell, output
+        self.recur = Linear(self.width, 4 * self.width, bias=False)
+        self.proj = Linear(self.width, cfg.d_model, bias=cfg.bias)
+
+    def init_state(self) -> RecurrentState:
+        return RecurrentState()
+
+    def forward(self, x, rope, state: RecurrentState | None):
+        zeros = x.new_zeros(x.size(0), self.width)
+        h, c = (s.to(x.dtype) for s in (state and state.tensors or (zeros, zeros)))  # (B, K) each
+        if x.size(1) == 1 and not torch.is_grad_enabled():  # what follows does not compile
+            i, f, g, o = (self.gates(x) + self.recur(h[:, None])).chunk(4, dim=-1)  # (B, 1, K) each
+            c = torch.sigmoid(f[:, 0]) * c + torch.sigmoid(i[:, 0]) * torch.tanh(g[:, 0])  # (B, K)
+            h = torch.sigmoid(o[:, 0]) * torch.tanh(c)
+            y = h[:, None]  # (B, 1, K)
+        else:
+            weights = [self.gates.weight, self.recur.weight]
+            if self.gates.bias is not None:
+                weights += [self.gates.bias, torch.zeros_like(self.gates.bias)]  # it wants two
+            y, h, c = torch.lstm(x, (h[None], c[None]), weights, has_biases=len(weights) == 4, num_layers=1,
+                                 dropout=0.0, train=self.training, bidirectional=False, batch_first=True)
+            h, c = h[0], c[0]  # (B, K) each; y is (B, T, K)
+        if state:
+            state.tensors = (h.detach(), c.detach())
+        return self.proj(y)  # (B, T, C)
+
+
+class ShortConv(nn.Module):
+    """Each channel's sum over the last tokens, with learned weights; at the start the token itself. Mixers
+    that compare tokens one by one need it to see pairs (Zoology, 2312.04927)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.taps = cfg.short_conv
+        self.weight = nn.Parameter(torch.empty(self.taps, cfg.d_model))
+
+    def forward(self, x, state):
+        """x (B, T, C) -> (B, T, C)"""
+        T = x.size(1)
+        if state is None or state.past is None:
+            seen = F.pad(x, (0, 0, self.taps - 1, 0))  # (B, taps - 1 + T, C)
+        else:
+            seen = torch.cat((state.past, x), dim=1)
+        if state is not None:
+            state.past = seen[:, T:].detach().clone()  # (B, taps - 1, C)
+        weights = self.weight.to(x.dtype)
+        return sum(weights[i] * seen[:, i:i + T] for i in range(self.taps))
+
+
 class FeedForward(nn.Module):
     """With experts a pool of them, to be told `where` each row goes (see ExpertLinear)."""
 
@@ -425,7 +557,11 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
         sees_all = cfg.global_every and (layer + 1) % cfg.global_every == 0
-        self.mixer_norm, self.mixer = make_norm(cfg), Attention(cfg, 0 if sees_all else cfg.window)
+        self.mixer_norm, self.conv = make_norm(cfg), ShortConv(cfg) if cfg.short_conv else None
+        if cfg.mixer == "attention":
+            self.mixer = Attention(cfg, 0 if sees_all else cfg.window)
+        else:
+            self.mixer = ContextScan(cfg) if cfg.context_update == "scan" else LSTM(cfg)
         self.ff_norm, self.ff = make_norm(cfg), Experts(cfg) if cfg.n_experts else FeedForward(cfg)
         self.adapter = None
         if cfg.adapter_rank:
@@ -435,11 +571,67 @@ class Block(nn.Module):
 
     def forward(self, x, rope, state):
         """x (B, T, C) -> (B, T, C), and the loss for even loads of experts or None."""
-        given, x = x, x + self.dropout(self.mixer(self.mixer_norm(x), rope, state))
+        given, y = x, self.mixer_norm(x)
+        if self.conv is not None:
+            y = self.conv(y, state)
+        x = x + self.dropout(self.mixer(y, rope, state))
         y = self.ff(self.ff_norm(x))
         y, balance = y if isinstance(y, tuple) else (y, None)
         x = x + self.dropout(y)
         return (x + 0.1 * self.adapter(given) if self.adapter else x), balance
+
+    def init_state(self):
+        return self.mixer.init_state()
+
+
+class GatedContext(nn.Module):
+    """A language model's trunk without attention, from (B, T, C) to (B, T, F), in the place of all blocks:
+
+        h_t = n_layers ReLU layers of [x_t; c_{t-1}]
+        c_t = clamp(LayerNorm(sigmoid(W_f h_t) c_{t-1} + sigmoid(W_i h_t) W_u h_t), +-10), c_0 = 0
+
+    All it remembers is the context vector c (K)."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.d_model, self.width = cfg.d_model, cfg.context_dim or cfg.d_model
+        d_ff = cfg.d_ff or 4 * cfg.d_model
+        self.layers = nn.ModuleList(Linear(d_ff if i else cfg.d_model + self.width, d_ff)
+                                    for i in range(cfg.n_layers))
+        self.gates = Linear(d_ff, 3 * self.width)  # W_f, W_i, W_u
+        self.context_norm = nn.LayerNorm(self.width)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def init_state(self) -> RecurrentState:
+        return RecurrentState()
+
+    def forward(self, x, rope, state: RecurrentState | None):
+        c = state.tensors[0] if state and state.tensors else None
+        if c is None:
+            c = x.new_zeros(x.size(0), self.width, dtype=torch.float32)  # (B, K)
+        if x.size(1) == 1 and not torch.is_grad_enabled():
+            h, c = self.step(x[:, 0], c)
+            h = h[:, None]  # (B, 1, F)
+        else:  # the same for all positions, see common/recurrence.py
+            first, *others = self.layers
+            w_token, w_context = first.weight.split((self.d_model, self.width), dim=1)  # (F, C), (F, K)
+            x = F.linear(x.transpose(0, 1), w_token, first.bias)  # (T, B, F)
+            h, c = gated_loop(x, c, w_context, self.gates.weight, self.gates.bias, self.context_norm.weight,
+                              self.context_norm.bias, *(p for m in others for p in (m.weight, m.bias)))
+            h = h.transpose(0, 1)  # (B, T, F)
+        if state:
+            state.tensors = (c,)
+        return self.dropout(h), None
+
+    def step(self, x, c):
+        """The equations for one token: x (B, C), c (B, K) in float32 -> h (B, F), c."""
+        h = torch.cat((x, c.to(x.dtype)), dim=-1)[:, None]  # (B, 1, C + K): three dimensions, as Linear wants
+        for layer in self.layers:
+            h = F.relu(layer(h))  # (B, 1, F)
+        f, i, u = self.gates(h)[:, 0].float().chunk(3, dim=-1)  # (B, K) each
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * u
+        c = F.layer_norm(c, c.shape[1:], self.context_norm.weight.float(), self.context_norm.bias.float())
+        return h[:, 0], c.clamp(-10, 10)
 
 
 def share(ours: nn.Module, theirs: nn.Module, own=()) -> None:
@@ -488,19 +680,20 @@ class LM(nn.Module):
         self.embed_up = Linear(width, cfg.d_model, bias=False) if cfg.embed_rank else None
         self.pos_embed = nn.Embedding(cfg.max_seq_len, cfg.d_model) if cfg.pos == "learned" else None
         self.dropout = nn.Dropout(cfg.dropout)
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+        self.blocks = nn.ModuleList([GatedContext(cfg)] if cfg.gated else
+                                    (Block(cfg, i) for i in range(cfg.n_layers)))
         unique = cfg.n_unique_blocks or cfg.n_layers
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(() if cfg.gated else self.blocks):
             if i >= unique:
                 share(block, self.blocks[i % unique], own=("adapter", "router", "qkv_scale", "qkv_bias"))
             if cfg.qkv_share:
                 share(block.mixer.qkv, self.blocks[i // cfg.qkv_share * cfg.qkv_share].mixer.qkv)
             if cfg.n_experts:
                 share(block.ff.pool, self.blocks[0].ff.pool)
-        self.final_norm = make_norm(cfg)
+        self.final_norm = nn.Identity() if cfg.gated else make_norm(cfg)
         untied = cfg.embed_rank and not cfg.tie_embeddings  # tied, the transpose of embed_up
-        self.head_in = Linear(cfg.d_model, width, bias=False) if untied else None
-        self.head = Linear(width, cfg.vocab_size, bias=cfg.head_bias)
+        self.head_in = Linear(replace(cfg, embed_rank=0).head_width, width, bias=False) if untied else None
+        self.head = Linear(cfg.head_width, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.init_parameters()
@@ -510,15 +703,27 @@ class LM(nn.Module):
         """GPT-2's rules: matrices and embeddings N(0, 0.02), the two matrices of each block that write to the
         residual stream N(0, 0.02 / sqrt(2 * n_layers)) so that its variance does not grow with depth, or with
         zero_init, as for adapters always, 0; norms and scales 1, biases and sinks 0. Where two matrices stand
-        for one, their product has its standard deviation. A parameter that no rule names is an error: a new
-        layer states how it starts."""
+        for one, their product has its standard deviation. What is repeated along the text keeps the scale of
+        its input: He's rule for ReLU layers (1502.01852), 1 / sqrt(fan-in) for gates and the LSTM. A
+        parameter that no rule names is an error: a new layer states how it starts."""
         cfg = self.cfg
         for name, p in self.named_parameters():
             whole = re.sub(r"\.[ab]\.weight$", ".weight", name)  # the matrix that LowRank's a and b stand for
             table = name in ("embed.weight", "embed_up.weight", "head_in.weight", "head.weight")
             rank = cfg.embed_rank if table else 0 if whole == name else p.size(-2 if name[-8] == "a" else -1)
-            if name.endswith(("bias", "sink")):
+            if name.endswith("forget_bias"):  # half-lives of 1 to max_seq_len tokens, log-uniform
+                kept = 0.5 ** torch.logspace(0, -math.log10(max(2, cfg.max_seq_len)), len(p), device=p.device)
+                p.copy_(torch.logit(kept))
+            elif name.endswith(("bias", "sink")):
                 p.zero_()
+                if cfg.mixer == "lstm" and name.endswith("gates.bias"):
+                    p[len(p) // 4:len(p) // 2] = 1.0  # remember, at first (Jozefowicz et al., 2015)
+            elif name.endswith("conv.weight"):
+                p.zero_()[-1] = 1.0
+            elif ".layers." in name:
+                p.normal_(0, math.sqrt(2 / p.size(1)))
+            elif whole.endswith(("gates.weight", "recur.weight")):
+                p.normal_(0, factor_std(p.size(-1) ** -0.5, rank))
             elif name.endswith(("norm.weight", "scale")):
                 p.fill_(1.0)
             elif whole.endswith(("proj.weight", "down.weight", "adapter.weight")):
@@ -581,7 +786,7 @@ class LM(nn.Module):
         return self.head_in(x) if self.head_in is not None else F.linear(x, self.embed_up.weight.t())
 
     def init_state(self) -> DecodingState:
-        return DecodingState(0, [block.mixer.init_state() for block in self.blocks])
+        return DecodingState(0, [block.init_state() for block in self.blocks])
 
     def step(self, tokens, state: DecodingState | None):
         """tokens (B, T) -> logits (B, V) of what follows, in fp32."""
@@ -620,6 +825,9 @@ class LM(nn.Module):
         stops = torch.tensor(list(stop_tokens), device=device, dtype=torch.long)
         done = torch.zeros_like(ends, dtype=torch.bool)  # (B, 1)
         tokens = unseen = given[:, :shortest]  # unseen: not yet in the cache
+        keep = longest - shortest + 1  # tokens that are needed again: those that a longer prompt was behind
+        if not use_cache or repetition_penalty != 1.0 or limit < math.inf:
+            keep = longest + max_new_tokens
         start, state = 0, self.init_state()  # start: where the cache begins
         for t in range(shortest, longest + max_new_tokens):
             if t - start > limit:
@@ -639,9 +847,9 @@ class LM(nn.Module):
             new = torch.where(torch.isin(last, stops) & (ends < t), last, new)  # (B, 1)
             if t < longest:
                 new = torch.where(ends > t, given[:, t:t + 1], new)
-            tokens, unseen = torch.cat((tokens, new), dim=1), new
+            tokens, unseen = torch.cat((tokens[:, max(0, tokens.size(1) - keep + 1):], new), dim=1), new
             if t >= longest:
-                new = tokens.gather(1, ends + t - longest)  # (B, 1)
+                new = tokens.gather(1, ends - longest + tokens.size(1) - 1)  # (B, 1)
                 yield new
                 done |= torch.isin(new, stops)
                 if stop_tokens and done.all():
@@ -682,7 +890,8 @@ class LM(nn.Module):
         """Forward and backward: 6 per multiplied parameter and 12 C T per layer for attention, not discounted
         for the causal half (PaLM, appendix B, the convention of published MFU figures); W for T where a layer
         is local and sees less."""
-        seen = sum(min(block.mixer.window or seq_len, seq_len) for block in self.blocks)
+        attend = self.blocks if self.cfg.mixer == "attention" else ()
+        seen = sum(min(block.mixer.window or seq_len, seq_len) for block in attend)
         return 6 * self.count_parameters()["matmul"] + 12 * self.cfg.d_model * seen
 
 

@@ -31,7 +31,7 @@ def parameter_groups(model, cfg) -> list[dict]:
                                         ("scalars", cfg.scalar_lr or lr, 0.0))}
     matrices = []
     for name, p in model.named_parameters():
-        if p.dim() == 1 or name.endswith("bias") or ".router." in name:
+        if p.dim() == 1 or name.endswith(("bias", "conv.weight")) or ".router." in name:
             kind = "scalars"
         elif name.startswith("blocks.") and p.dim() <= 3:  # a pool of experts is (E, rows, cols)
             kind = "matrices"
@@ -55,7 +55,9 @@ def parts(name: str, p, cfg) -> list[int]:
     qkv = [h * head_size for h in (cfg.n_heads, *[cfg.n_kv_heads or cfg.n_heads] * 2)]
     if ".qkv." in name and p.size(-2) == sum(qkv):
         return qkv
-    d_ff = cfg.d_ff or 4 * cfg.d_model
+    width, d_ff = cfg.context_dim or cfg.d_model, cfg.d_ff or 4 * cfg.d_model
+    if ".gates." in name and p.size(-2) in (2 * width, 3 * width, 4 * width) or ".recur." in name:
+        return [width] * (p.size(-2) // width)
     if ".up." in name and cfg.activation == "swiglu" and p.size(-2) == 2 * d_ff:
         return [d_ff, d_ff]
     return [p.size(-2)]

@@ -61,6 +61,7 @@ class TrainConfig(ModelConfig):
     # batch
     batch_size: int = 32  # sequences per optimiser step, over all processes
     micro_batch_size: int = 0  # sequences one process runs at once; 0 = the most that fit in memory
+    tbptt: int = 0  # tokens to back-propagate through; the state goes on, memory stays flat; 0 = max_seq_len
     # optimiser
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"  # muon: of matrices, adamw for the rest; see muon.py
     lr: float = 1e-3  # peak learning rate
@@ -92,10 +93,10 @@ class TrainConfig(ModelConfig):
         for key in ("batch_size", "log_interval"):
             if getattr(self, key) < 1:
                 out.append(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("micro_batch_size", "epochs", "max_steps", "max_minutes", "warmup_steps", "eval_interval",
-                    "patience", "sample_tokens", "train_tokens", "save_minutes", "weight_decay", "grad_clip",
-                    "lr", "seed", "memory_gb", "muon_lr", "embed_lr", "head_lr", "scalar_lr",
-                    "muon_warmup_steps"):
+        for key in ("micro_batch_size", "tbptt", "epochs", "max_steps", "max_minutes", "warmup_steps",
+                    "eval_interval", "patience", "sample_tokens", "train_tokens", "save_minutes",
+                    "weight_decay", "grad_clip", "lr", "seed", "memory_gb", "muon_lr", "embed_lr", "head_lr",
+                    "scalar_lr", "muon_warmup_steps"):
             if not 0 <= getattr(self, key) < math.inf:
                 out.append(f"{key} must be a number that is not negative, got {getattr(self, key)}")
         for key in ("min_lr_ratio", "decay_fraction", "beta1", "beta2", "muon_momentum"):
@@ -109,6 +110,13 @@ class TrainConfig(ModelConfig):
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
                        f"batch_size={self.batch_size}")
+        if self.tbptt and self.mixer == "attention":
+            out.append(f"tbptt={self.tbptt} carries a state of fixed size, but mixer=attention has none; use "
+                       "mixer=context or mixer=lstm, or a smaller max_seq_len")
+        if self.checkpoint_activations and (self.gated or self.tbptt):
+            out.append("checkpoint_activations runs blocks again, but " + (
+                "tbptt carries their state on; use one of them" if self.tbptt else
+                "the gated context is a single one; use tbptt to save memory"))
         if any(n < 1 for n in self.eval_lens):
             out.append(f"eval_lens must be positive, got {self.eval_lens}")
         if self.pos == "learned" and any(n > self.max_seq_len for n in self.eval_lens):
@@ -572,11 +580,16 @@ def gradients(job: Job, net) -> tuple[float, float]:
             # same masks
             torch.manual_seed((cfg.seed * 2**40 + sample) % 2**63)
         last = i == plan.accumulation - 1
-        with contextlib.nullcontext() if last or not dist.grouped else net.no_sync():
-            with distributed.autocast(job.dtype, dist.device):
-                loss, _ = net(x, y)
-            job.scaler.scale(loss / plan.accumulation).backward()
-        total = total + loss.detach() / plan.accumulation
+        state = job.model.init_state() if cfg.tbptt else None
+        pieces = list(zip(*(part.split(cfg.tbptt or x.size(1), dim=1) for part in (x, y)), strict=True))
+        for j, (x_piece, y_piece) in enumerate(pieces):
+            share = x_piece.size(1) / x.size(1) / plan.accumulation
+            final = last and j == len(pieces) - 1
+            with contextlib.nullcontext() if final or not dist.grouped else net.no_sync():
+                with distributed.autocast(job.dtype, dist.device):
+                    loss, state = net(x_piece, y_piece, state)
+                job.scaler.scale(loss * share).backward()
+            total = total + loss.detach() * share
         after = sample + (plan.micro if not last else cfg.batch_size - i * plan.micro)
         job.ahead = {after: job.windows.batch(after, plan.micro, dist.device)}  # while a GPU still computes
     if job.progress.step == 0:

@@ -36,7 +36,8 @@ class Needs:
     (tests/test_memory.py). torch.compile usually needs less."""
 
     def __init__(self, make_model, cfg, dtype: str, device):
-        one, two = (kept_by_autograd(make_model, n, cfg.max_seq_len, dtype) for n in (1, 2))
+        length = min(cfg.tbptt or cfg.max_seq_len, cfg.max_seq_len)  # of what one backward goes through
+        one, two = (kept_by_autograd(make_model, n, length, dtype) for n in (1, 2))
         layer = self.layer = (two - one) / cfg.n_layers  # of a sequence
         self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
         # the input of each block; one block run again, its gradients, and holes: repeats of one run measured
@@ -47,8 +48,8 @@ class Needs:
         with FakeTensorMode():
             self.parameters = sum(p.numel() * 4 for p in make_model().parameters())
         self.states = self.parameters * (1 if cfg.optimizer == "sgd" else 2)  # a little less with muon
-        self.head = cfg.vocab_size * (cfg.embed_rank or cfg.d_model) * 4
-        self.logits = cfg.max_seq_len * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
+        self.head = cfg.vocab_size * cfg.head_width * 4
+        self.logits = length * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
         self.base, self.slack = 0.0, 1.0
         if device.type == "cpu":  # the whole process counts; and as measured: libraries, holes in the heap
             self.base, self.slack = distributed.resident_memory() * 1e9 + 6e7, 1.08
