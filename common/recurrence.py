@@ -79,18 +79,20 @@ def forward_loop(tensors, keep: bool = True) -> list:
     n = T if keep else 1
     h = [x.new_empty(T if i == L - 1 else n, B, H) for i in range(L)]
     contexts, gates = c.new_empty(n + 1, B, K), x.new_empty(n, B, 3 * K)
-    means, scales = c.new_empty(n, B, 1), c.new_empty(n, B, 1)
+    means, scales = [], []
     contexts[0] = c
-    for t in range(1 if isinstance(x, FakeTensor) else T):  # common/memory.py only asks for sizes
-        y = torch.addmm(x[t], c.to(x.dtype), w_context.t(), out=h[0][t % len(h[0])]).relu_()  # (B, H)
-        for i in range(1, L):
-            w, b = layers[2 * i - 2:2 * i]
-            y = torch.addmm(b, y, w.t(), out=h[i][t % len(h[i])]).relu_()  # (B, H)
-        torch.addmm(b_gates, y, w_gates.t(), out=gates[t % n])
-        s, _ = update(c, gates[t % n])
-        c, means[t % n], scales[t % n] = torch.native_layer_norm(s, (K,), w_norm, b_norm, EPS)
-        contexts[t % n + 1] = c.clamp_(-LIMIT, LIMIT)
-    return [*h, contexts, gates, means, scales]
+    # views are made before the loop: made in it, they cost as much as the small operations
+    w_context, w_gates, weights = w_context.t(), w_gates.t(), [w.t() for w in layers[::2]]
+    h_rows, gate_rows, context_rows = [a.unbind() for a in h], gates.unbind(), contexts[1:].unbind()
+    for t, x_t in enumerate(x.unbind()[:1] if isinstance(x, FakeTensor) else x.unbind()):  # memory.py: sizes
+        y = torch.addmm(x_t, c.to(x.dtype), w_context, out=h_rows[0][t % len(h_rows[0])]).relu_()  # (B, H)
+        for w, b, rows in zip(weights, layers[1::2], h_rows[1:], strict=True):
+            y = torch.addmm(b, y, w, out=rows[t % len(rows)]).relu_()  # (B, H)
+        s, _ = update(c, torch.addmm(b_gates, y, w_gates, out=gate_rows[t % n]))  # (B, K)
+        c, mean, scale = torch.native_layer_norm(s, (K,), w_norm, b_norm, EPS)
+        c = torch.clamp(c, -LIMIT, LIMIT, out=context_rows[t % n])
+        means[t % n:], scales[t % n:] = [mean], [scale]
+    return [*h, contexts, gates, torch.stack(means), torch.stack(scales)]
 
 
 def update(c, gates):
@@ -106,27 +108,29 @@ def backward_loop(tensors) -> list:
     """-> gradients: of each layer before its ReLU (T, B, H), of the gates before their sigmoids (T, B, 3 K),
     of the first context (B, K), of the norm's weight and bias (K)."""
     dy, w_norm, b_norm, w_context, w_gates, contexts, gates, means, scales, *rest = tensors
-    (T, B, _), K, L = dy.shape, contexts.size(2), (len(rest) + 1) // 2
+    B, K, L = dy.size(1), contexts.size(2), (len(rest) + 1) // 2
     h, weights, aten = rest[:L], rest[L:], torch.ops.aten
     dh, dgates = [torch.empty_like(a) for a in h], torch.empty_like(gates)
     dw, db, dc = torch.zeros_like(w_norm), torch.zeros_like(b_norm), contexts.new_zeros(B, K)
-    for t in reversed(range(T)):
-        c = contexts[t]  # (B, K)
-        s, g = update(c, gates[t])  # (B, K), (B, 3 K)
+    rows = [a.unbind() for a in (dy, contexts[:-1], contexts[1:], gates, dgates, means, scales)]
+    h_rows, dh_rows = zip(*(a.unbind() for a in h), strict=True), zip(*(a.unbind() for a in dh), strict=True)
+    steps = list(zip(*rows, h_rows, dh_rows, strict=True))
+    for dy_t, c, after, pre, dpre, mean, scale, h_t, dh_t in reversed(steps):
+        s, g = update(c, pre)  # (B, K), (B, 3 K)
         f, i, u = g.split(K, dim=1)
-        dc = aten.hardtanh_backward(dc, contexts[t + 1], -LIMIT, LIMIT)  # (B, K)
-        ds, dw_t, db_t = aten.native_layer_norm_backward(dc, s, (K,), means[t], scales[t], w_norm, b_norm,
+        dc = aten.hardtanh_backward(dc, after, -LIMIT, LIMIT)  # (B, K)
+        ds, dw_t, db_t = aten.native_layer_norm_backward(dc, s, (K,), mean, scale, w_norm, b_norm,
                                                          (True, True, True))
         dw += dw_t
         db += db_t
         dc = ds * f  # (B, K)
         dg = torch.cat((ds * c, ds * u, ds * i), dim=1)  # (B, 3 K)
         aten.sigmoid_backward.grad_input(dg[:, :2 * K], g[:, :2 * K], grad_input=dg[:, :2 * K])
-        d = torch.addmm(dy[t], dgates[t].copy_(dg), w_gates, out=dh[-1][t])  # (B, H)
+        d = torch.addmm(dy_t, dpre.copy_(dg), w_gates, out=dh_t[-1])  # (B, H)
         for j in reversed(range(L)):
-            aten.threshold_backward.grad_input(d, h[j][t], 0, grad_input=d)
+            aten.threshold_backward.grad_input(d, h_t[j], 0, grad_input=d)
             if j:
-                d = torch.mm(d, weights[j - 1], out=dh[j - 1][t])  # (B, H)
+                d = torch.mm(d, weights[j - 1], out=dh_t[j - 1])  # (B, H)
         dc += d @ w_context
     return [*dh, dgates, dc, dw, db]
 
