@@ -1,0 +1,10 @@
+# The transformer beside newllm_baseline: 4 layers, RoPE. 2,736,840 parameters, the baseline 2,739,432.
+from config.newllm_baseline import *
+
+mixer = "attention"
+context_dim = 0
+n_layers = 4
+n_heads = 4
+d_ff = 568
+activation = "gelu"
+pos = "rope"
