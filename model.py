@@ -7,7 +7,7 @@
     for token in model.generate([a, b, c], 100): ...      # prompts (T,) of different lengths, the same yield
 
 LM = embedding -> blocks -> final norm -> head. A block is norm -> mixer -> add, norm -> feed-forward -> add.
-A mixer maps (B, T, C) to (B, T, C), looks only backward, and keeps what it needs for decoding in a state of
+(With the gated context vector, embedding -> its loop -> head.) A mixer maps (B, T, C) to (B, T, C), looks only backward, and keeps what it needs for decoding in a state of
 its own: to try another one, write a class with `forward(x, rope, state)` and `init_state()` and put it where
 Block makes its Attention. A state also has `fix(size, position)`, which stops the shapes of its tensors from
 changing, so that the decoding step can be compiled; where they never change, it does nothing.

@@ -33,7 +33,7 @@ def graphed(loop, tensors: list) -> list:
         with torch.cuda.stream(side):  # libraries choose their kernels before the capture
             loop(inputs)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others, as NCCL's, may go on
             outputs = loop(inputs)
         if len(GRAPHS) >= 8:  # each holds its buffers
             GRAPHS.pop(next(iter(GRAPHS)))
