@@ -7,10 +7,11 @@
     for token in model.generate([a, b, c], 100): ...      # prompts (T,) of different lengths, the same yield
 
 LM = embedding -> blocks -> final norm -> head. A block is norm -> mixer -> add, norm -> feed-forward -> add.
-(With the gated context vector, embedding -> its loop -> head.) A mixer maps (B, T, C) to (B, T, C), looks only backward, and keeps what it needs for decoding in a state of
-its own: to try another one, write a class with `forward(x, rope, state)` and `init_state()` and put it where
-Block makes its Attention. A state also has `fix(size, position)`, which stops the shapes of its tensors from
-changing, so that the decoding step can be compiled; where they never change, it does nothing.
+(With the gated context vector, embedding -> its loop -> head.) A mixer maps (B, T, C) to (B, T, C), looks
+only backward, and keeps what it needs for decoding in a state of its own: to try another one, write a class
+with `forward(x, rope, state)` and `init_state()` and put it where Block makes its Attention. A state also has
+`fix(size, position)`, which stops the shapes of its tensors from changing, so that the decoding step can be
+compiled; where they never change, it does nothing. `past` in it is ShortConv's.
 
 Shapes: B batch, T tokens of this call, S tokens they may see (T and those in the cache), C width (d_model), H
 heads, G key/value heads, D head size (C / H), W window, F feed-forward width (d_ff), K context width
@@ -430,7 +431,7 @@ class ContextScan(nn.Module):
         else:
             y = linear_scan(f, (1 - f) * u, c)  # (B, T, K)
         if state:
-            state.tensors = (y[:, -1].detach(),)
+            state.tensors = (y[:, -1].detach().clone(),)  # not a view, which would keep all of y
         return self.proj(y.to(x.dtype))  # (B, T, C)
 
 

@@ -19,8 +19,9 @@ from torch.optim.adamw import adamw
 
 def parameter_groups(model, cfg) -> list[dict]:
     """Every parameter of an LM in exactly one of four groups, by rule: `embeddings` (tables, and the factor
-    of a factorised one), `head` (an untied one), `scalars` (all vectors: norms, biases, scales; routers, short
-    convolutions) and `matrices` (those in blocks). Only matrices and the head decay. `peak_lr` is what the schedule scales.
+    of a factorised one), `head` (an untied one), `scalars` (all vectors: norms, biases, scales; routers,
+    short convolutions) and `matrices` (those in blocks). Only matrices and the head decay. `peak_lr` is what
+    the schedule scales.
     """
     muon, lr, decay = cfg.optimizer == "muon", cfg.lr, cfg.weight_decay
     groups = {name: {"name": name, "params": [], "peak_lr": peak, "lr": peak, "weight_decay": decay,

@@ -1,5 +1,5 @@
-# Question: what does it cost that the update reads the token alone, so that all positions are trained at once?
-# Changed: context_update scan, in 4 layers, each with a feed-forward. 2,735,304 parameters, the baseline 2,739,432.
+# Question: what is lost if the update reads the token alone, so that all positions are trained at once?
+# Changed: context_update scan, in 4 layers, each with a feed-forward. 2,735,304 parameters.
 from config.newllm_baseline import *
 
 context_update = "scan"

@@ -1,4 +1,4 @@
-# The transformer beside newllm_baseline: 4 layers, RoPE. 2,736,840 parameters, the baseline 2,739,432.
+# The transformer beside newllm_baseline: 4 layers, RoPE. 2,736,840 parameters.
 from config.newllm_baseline import *
 
 mixer = "attention"
