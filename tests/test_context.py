@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 import train
 from common import memory
-from common.config import ConfigError
+from common.config import ConfigError, load
 from common.recurrence import gated_loop, linear_scan
 from model import LM, ModelConfig
 from muon import parameter_groups
@@ -56,6 +57,14 @@ def test_parameter_counts_of_the_documents(context_dim, n_layers, parameters):
     cfg = ModelConfig(**GATED, pos="none", vocab_size=1000, d_model=256, d_ff=512, context_dim=context_dim,
                       n_layers=n_layers)
     assert LM(cfg).count_parameters()["total"] == parameters
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("baseline", 2_739_432), ("advanced", 4_840_936), ("1024", 5_892_072), ("scan", 2_735_304),
+    ("lstm", 2_740_696), ("transformer", 2_736_840)])
+def test_parameter_counts_of_the_configs(name, parameters):
+    assert LM(load(train.TrainConfig, [f"config/newllm_{name}.py"])).count_parameters()["total"] == parameters
+    assert f"{parameters:,}" in Path(f"config/newllm_{name}.py").read_text()
 
 
 def written_out(model: LM, ids):
