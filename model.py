@@ -705,7 +705,8 @@ class LM(nn.Module):
         residual stream N(0, 0.02 / sqrt(2 * n_layers)) so that its variance does not grow with depth, or with
         zero_init, as for adapters always, 0; norms and scales 1, biases and sinks 0. Where two matrices stand
         for one, their product has its standard deviation. What is repeated along the text keeps the scale of
-        its input: He's rule for ReLU layers (1502.01852), 1 / sqrt(fan-in) for gates and the LSTM. A
+        its input: He's rule for ReLU layers (1502.01852), 1 / sqrt(fan-in) for gates and the LSTM; and
+        embeddings that stand beside a context of standard deviation 1, with no norm before, have that too. A
         parameter that no rule names is an error: a new layer states how it starts."""
         cfg = self.cfg
         for name, p in self.named_parameters():
@@ -723,6 +724,8 @@ class LM(nn.Module):
                 p.zero_()[-1] = 1.0
             elif ".layers." in name:
                 p.normal_(0, math.sqrt(2 / p.size(1)))
+            elif cfg.gated and not cfg.tie_embeddings and name.startswith("embed"):
+                p.normal_(0, factor_std(1.0, rank))
             elif whole.endswith(("gates.weight", "recur.weight")):
                 p.normal_(0, factor_std(p.size(-1) ** -0.5, rank))
             elif name.endswith(("norm.weight", "scale")):
