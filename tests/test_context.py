@@ -93,14 +93,14 @@ def test_logits_and_gradients_are_those_of_the_equations():
     expected, contexts = written_out(model, ids)
     assert 0.02 < (contexts.abs() == 10).float().mean() < 0.9
     state = model.init_state()
-    assert torch.allclose(model(ids, state=state)[0], expected, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(state.layers[0].tensors[0], contexts[:, -1], atol=1e-3)
+    assert relative(model(ids, state=state)[0], expected) < 1e-4  # rounding grows along the text
+    assert relative(state.layers[0].tensors[0], contexts[:, -1]) < 1e-4
     F.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
     theirs = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     model(ids, targets)[0].backward()
     for name, p in model.named_parameters():
-        assert relative(p.grad, theirs[name]) < 1e-4, name
+        assert relative(p.grad, theirs[name]) < 1e-3, name
 
 
 def test_gradient_of_the_context_that_the_loop_starts_from():
