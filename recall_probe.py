@@ -29,6 +29,7 @@ is small for that reason: all of it fits in half an hour on two CPU cores.
 out/NAME/ gets results.jsonl (a line for each model as it ends), table.md and recall.png. The same command
 goes on after Ctrl-C, and reuses what is there when mixers, sizes, seeds or learning rates are added.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -330,7 +331,7 @@ def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
         for level, style in ((1 / N, "--"), (1 / values, ":")):
             axes.axhline(level, color="black", linewidth=0.8, linestyle=style)
         axes.set_xscale("log", base=2)
-        axes.set(title=f"{N} pairs", xlabel="numbers in the state", ylim=(-0.02, 1.02))
+        axes.set(title=f"{N} pair{'s' * (N > 1)}", xlabel="numbers in the state", ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of queries answered rightly")
     handles = panels[0].get_legend_handles_labels()[0] + list(panels[0].lines[-2:])
@@ -385,16 +386,14 @@ def main(cfg: RecallConfig) -> dict:
                 + (f"next: lr {todo[0]:g}, seed {todo[1]}" if todo else f"done, {len(rows)} seeds"))
         return {"status": "planned"}
 
-    log = RunLog(folder)  # its lock
     keep_freed_memory()
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # the models are tiny
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.closing(RunLog(folder)):  # which locks the folder
         for mixer, size in arms:
             while todo := progress(cfg, mixer, size, done)[1]:
                 lr, seed = todo
                 row = train(cfg, mixer, size, lr, seed, stop)
                 if row is None:
-                    log.close()
                     say("stopped, without the model just in training; the same command goes on")
                     return {"status": "stopped"}
                 append_line(path, json.dumps(row))
@@ -407,7 +406,6 @@ def main(cfg: RecallConfig) -> dict:
     command = shlex.join(["python", *sys.argv])
     write_atomically(os.path.join(folder, "table.md"), lambda f: f.write(f"    {command}\n\n{text}".encode()))
     draw(cfg, results, os.path.join(folder, "recall.png"))
-    log.close()
     say(f"\n{text}\nin {folder}: table.md, recall.png, results.jsonl")
     return {"status": "finished", "arms": results}
 
