@@ -96,12 +96,8 @@ class RecallConfig(Config):
     out_dir: str = "out"  # where runs go
     dry_run: bool = False  # print the plan, train nothing
 
-    @property
-    def mixer_names(self) -> list[str]:
-        return self.mixers.split(",") if self.mixers else list(MIXERS)
-
     def problems(self) -> list[str]:
-        out = [f"no mixer '{m}'; there are {', '.join(MIXERS)}" for m in self.mixer_names if m not in MIXERS]
+        out = [f"no mixer '{m}'; there are {', '.join(MIXERS)}" for m in mixer_names(self) if m not in MIXERS]
         out += [f"{key} must be at least 1, got {getattr(self, key)}"
                 for key in ("seeds", "steps", "batch_size", "eval_interval", "eval_sequences", "window")
                 if getattr(self, key) < 1]
@@ -118,12 +114,16 @@ class RecallConfig(Config):
             out.append(f"batch_size={self.batch_size} does not divide by the {len(self.pairs)} numbers of "
                        "pairs")
         if not out:
-            for mixer, size in itertools.product(self.mixer_names, self.sizes):
+            for mixer, size in itertools.product(mixer_names(self), self.sizes):
                 try:
                     model_config(self, mixer, size)
                 except ConfigError as e:
                     out += [f"{mixer} of size {size}: {p}" for p in e.problems]
         return out
+
+
+def mixer_names(cfg: RecallConfig) -> list[str]:
+    return cfg.mixers.split(",") if cfg.mixers else list(MIXERS)
 
 
 def model_config(cfg: RecallConfig, mixer: str, size: int) -> ModelConfig:
@@ -320,7 +320,7 @@ def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
     panels = figure.subplots(1, len(cfg.pairs), sharey=True, squeeze=False)[0]
     values = cfg.vocab_size - cfg.vocab_size // 2
     for axes, N in zip(panels, cfg.pairs, strict=True):
-        for i, mixer in enumerate(cfg.mixer_names):
+        for i, mixer in enumerate(mixer_names(cfg)):
             mine = sorted((rows for rows in arms if rows[0]["mixer"] == mixer),
                           key=lambda rows: rows[0]["state_numbers"])
             x = [rows[0]["state_numbers"] for rows in mine]
@@ -335,7 +335,7 @@ def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of queries answered rightly")
     handles = panels[0].get_legend_handles_labels()[0] + list(panels[0].lines[-2:])
-    labels = [*cfg.mixer_names, "1 / pairs", "1 / values"]
+    labels = [*mixer_names(cfg), "1 / pairs", "1 / values"]
     figure.legend(handles, labels, loc="outside right center")
     figure.savefig(f"{path}.tmp", format="png", dpi=120)
     os.replace(f"{path}.tmp", path)
@@ -373,9 +373,9 @@ def main(cfg: RecallConfig) -> dict:
                             + "\n  ".join(differences)
                             + "\nnothing was run; use another --name, or remove that file")
         done[row["mixer"], row["size"], row["lr"], row["seed"]] = row
-    arms = list(itertools.product(cfg.mixer_names, cfg.sizes))
+    arms = list(itertools.product(mixer_names(cfg), cfg.sizes))
     most = len(cfg.lrs) + cfg.seeds - 1
-    say(f"mixers x sizes = {len(cfg.mixer_names)} x {len(cfg.sizes)} = {len(arms)} arms, each with at "
+    say(f"mixers x sizes = {len(mixer_names(cfg))} x {len(cfg.sizes)} = {len(arms)} arms, each with at "
         f"most {len(cfg.lrs)} learning rates + {cfg.seeds - 1} more seeds = {most} models: at most "
         f"{len(arms) * most} models of at most {cfg.steps:,} steps, {len(done)} there; output in {folder}")
     if cfg.dry_run:
