@@ -407,6 +407,12 @@ class RecurrentState:
         pass  # no shape ever changes
 
 
+def one_by_one(x, layer) -> bool:
+    """Whether a recurrence reads x (B, T, C) in steps: a single token, which also compiles, and with INT8
+    layers, which make products and nothing else."""
+    return not torch.is_grad_enabled() and (x.size(1) == 1 or not isinstance(layer, nn.Linear))
+
+
 class ContextScan(nn.Module):
     """c_t = f_t c_{t-1} + (1 - f_t) u_t, whose gate f and candidate u read the token alone: a linear
     recurrence, so all positions at once (minGRU, 2410.01201). Deeper layers read what those below
@@ -451,11 +457,12 @@ class LSTM(nn.Module):
     def forward(self, x, rope, state: RecurrentState | None):
         zeros = x.new_zeros(x.size(0), self.width)
         h, c = (s.to(x.dtype) for s in (state and state.tensors or (zeros, zeros)))  # (B, K) each
-        if x.size(1) == 1 and not torch.is_grad_enabled():  # what follows does not compile
-            i, f, g, o = (self.gates(x) + self.recur(h[:, None])).chunk(4, dim=-1)  # (B, 1, K) each
-            c = torch.sigmoid(f[:, 0]) * c + torch.sigmoid(i[:, 0]) * torch.tanh(g[:, 0])  # (B, K)
-            h = torch.sigmoid(o[:, 0]) * torch.tanh(c)
-            y = h[:, None]  # (B, 1, K)
+        if one_by_one(x, self.gates):
+            rows = []
+            for x_t in x.unbind(dim=1):
+                h, c = self.step(x_t, h, c)
+                rows.append(h)
+            y = torch.stack(rows, dim=1)  # (B, T, K)
         else:
             weights = [self.gates.weight, self.recur.weight]
             if self.gates.bias is not None:
@@ -466,6 +473,13 @@ class LSTM(nn.Module):
         if state:
             state.tensors = (h.detach(), c.detach())
         return self.proj(y)  # (B, T, C)
+
+    def step(self, x, h, c):
+        """One token: x (B, C), h and c (B, K) -> h and c."""
+        gates = (self.gates(x[:, None]) + self.recur(h[:, None]))[:, 0]  # (B, 4 K)
+        i, f, g, o = gates.chunk(4, dim=-1)  # (B, K) each
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
 
 
 class ShortConv(nn.Module):
@@ -610,9 +624,12 @@ class GatedContext(nn.Module):
         c = state.tensors[0] if state and state.tensors else None
         if c is None:
             c = x.new_zeros(x.size(0), self.width, dtype=torch.float32)  # (B, K)
-        if x.size(1) == 1 and not torch.is_grad_enabled():
-            h, c = self.step(x[:, 0], c)
-            h = h[:, None]  # (B, 1, F)
+        if one_by_one(x, self.gates):
+            rows = []
+            for x_t in x.unbind(dim=1):
+                h, c = self.step(x_t, c)
+                rows.append(h)
+            h = torch.stack(rows, dim=1)  # (B, T, F)
         else:  # the same for all positions, see common/recurrence.py
             first, *others = self.layers
             w_token, w_context = first.weight.split((self.d_model, self.width), dim=1)  # (F, C), (F, K)
