@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor
 
-from common import checkpoint
+from common import checkpoint, int8
 from common.block_attention import block_attention
 from common.config import Config
 from common.head_loss import cross_entropy
@@ -916,12 +916,21 @@ class LM(nn.Module):
         return 6 * self.count_parameters()["matmul"] + 12 * self.cfg.d_model * seen
 
 
+def to_int8(model: LM) -> LM:
+    """The model itself, its matrices and tables now in INT8 (common/int8.py) and never trained again. Routers
+    stay as they are."""
+    return int8.swap(model, {nn.Linear: int8.Int8Linear, Linear: int8.Int8Linear, nn.LSTM: int8.Int8LSTM,
+                             nn.Embedding: int8.Int8Embedding, ExpertLinear: int8.Int8Experts})
+
+
 def load_model(path: str, device="cpu", dtype: str = "fp32") -> tuple[LM, dict]:
-    """The model of a checkpoint or run folder, in eval mode with its weights in fp32, bf16 or fp16, and
-    everything else the checkpoint holds."""
-    saved = checkpoint.load(path, keys=("model", "config", "tokenizer"))
+    """The model of a checkpoint or run folder, in eval mode with its weights in fp32, bf16 or fp16 (those of
+    an INT8 file stay INT8, the rest follows), and everything else the checkpoint holds."""
+    saved = checkpoint.load(path, keys=("model", "config", "tokenizer"), int8=True)
     names = {f.name for f in fields(ModelConfig)}
     model = LM(ModelConfig(**{k: v for k, v in saved["config"].items() if k in names}))
+    if "int8" in saved:
+        to_int8(model)
     checkpoint.load_weights(model, saved.pop("model"), path)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return model.to(device, kind).eval(), saved

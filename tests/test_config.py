@@ -11,13 +11,15 @@ import pytest
 
 import bench
 import prepare_data
+import quantize
 import sample
 import sweep
 import train
 from common.config import Config, ConfigError, help_text, load, option_types
 
 SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
-           "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig}
+           "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
+           "quantize.py": quantize.QuantizeConfig}
 
 
 @dataclasses.dataclass
