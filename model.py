@@ -919,7 +919,7 @@ class LM(nn.Module):
 def to_int8(model: LM) -> LM:
     """The model itself, its matrices and tables now in INT8 (common/int8.py) and never trained again. Routers
     stay as they are."""
-    return int8.swap(model, {nn.Linear: int8.Int8Linear, Linear: int8.Int8Linear, nn.LSTM: int8.Int8LSTM,
+    return int8.swap(model, {nn.Linear: int8.Int8Linear, Linear: int8.Int8Linear,
                              nn.Embedding: int8.Int8Embedding, ExpertLinear: int8.Int8Experts})
 
 

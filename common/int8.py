@@ -6,7 +6,7 @@ A row is q * scale, with q from -127 to 127 and scale = max|row| / 127. Rows of 
 channels (of a table, its entries); rows of an activation are tokens, so that what a token gets does not
 depend on what else is in the batch. Sums of products of q's are exact.
 
-Shapes: N rows of an activation, K inputs, M outputs, E experts, B batch, T time, H width of an LSTM
+Shapes: N rows of an activation, K inputs, M outputs, E experts, B batch, T time
 """
 import torch
 import torch.nn as nn
@@ -58,10 +58,10 @@ class Int8Module(nn.Module):
     """What takes a float module's place. Its numbers are parameters without a gradient, so that a matrix that
     several modules share stays one matrix wherever the model goes."""
 
-    def __init__(self, module: nn.Module, quantize, suffix: str = ""):
+    def __init__(self, module: nn.Module, quantize):
         super().__init__()
-        self.q, self.scale = quantize(getattr(module, f"weight{suffix}"))  # (..., M, K), (..., M)
-        self.bias = getattr(module, f"bias{suffix}", None)
+        self.q, self.scale = quantize(module.weight)  # (..., M, K), (..., M)
+        self.bias = getattr(module, "bias", None)
 
     @property
     def weight(self):
@@ -101,38 +101,6 @@ class Int8Experts(Int8Module):
         biases = [None] * len(where) if self.bias is None else self.bias
         parts = zip(x.split(where), self.q, self.scale, biases, strict=True)
         return torch.cat([linear(rows, *weights) for rows, *weights in parts if len(rows)])  # (N, M)
-
-
-class Int8LSTM(nn.Module):
-    """In place of nn.LSTM, one direction: the same call, and the same result as step by step."""
-
-    def __init__(self, module: nn.LSTM, quantize):
-        super().__init__()
-        if module.bidirectional or module.proj_size:
-            raise ValueError("Int8LSTM reads in one direction and has no projection: got "
-                             f"bidirectional={module.bidirectional}, proj_size={module.proj_size}")
-        self.hidden_size, self.num_layers = module.hidden_size, module.num_layers
-        self.batch_first = module.batch_first
-        self.ih, self.hh = (nn.ModuleList(Int8Linear(module, quantize, f"_{name}_l{i}")
-                                          for i in range(module.num_layers)) for name in ("ih", "hh"))
-
-    def forward(self, x, state=None):
-        """x (B, T, K) and state (h, c), (layers, B, H) each -> (B, T, H) and the state after it; without
-        batch_first x and the result have T before B."""
-        time = 1 if self.batch_first else 0
-        if state is None:
-            state = 2 * (x.new_zeros(self.num_layers, x.size(1 - time), self.hidden_size),)
-        last = []
-        for ih, hh, h, c in zip(self.ih, self.hh, *state, strict=True):
-            outputs = []
-            for inputs in ih(x).unbind(time):  # (B, 4 H)
-                i, f, g, o = (inputs + hh(h)).chunk(4, dim=-1)  # (B, H) each
-                c = f.sigmoid() * c + i.sigmoid() * g.tanh()  # (B, H)
-                h = o.sigmoid() * c.tanh()  # (B, H)
-                outputs.append(h)
-            x = torch.stack(outputs, dim=time)
-            last.append((h, c))
-        return x, tuple(torch.stack(part) for part in zip(*last, strict=True))
 
 
 def swap(model: nn.Module, classes: dict) -> nn.Module:

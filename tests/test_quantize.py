@@ -16,6 +16,7 @@ from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
 from model import ExpertLinear, Linear, load_model, to_int8
 from quantize import QuantizeConfig
+from tests import test_context
 from tests.test_generate import joined
 from tests.test_model import tiny, tokens
 from tests.test_reuse import VARIANTS, every_variant
@@ -95,26 +96,6 @@ def test_experts_by_rows_and_by_groups_agree():
             torch.testing.assert_close(y.double(), exact.double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_lstm_is_called_like_the_float_one_and_goes_on_step_by_step(batch_first):
-    torch.manual_seed(0)
-    lstm = nn.LSTM(12, 16, num_layers=2, batch_first=batch_first)
-    x = torch.randn(3, 7, 12)
-    given = x if batch_first else x.transpose(0, 1)
-    ours = int8.swap(nn.ModuleList([lstm]), {nn.LSTM: int8.Int8LSTM})[0]
-    (y, state), (expected, expected_state) = ours(given), lstm(given)
-    for a, b in ((y, expected), *zip(state, expected_state, strict=True)):
-        assert a.shape == b.shape and 1e-4 < distance(a, b) < 0.02
-    for linear, name in ((ours.ih[1], "weight_ih_l1"), (ours.hh[0], "weight_hh_l0")):
-        torch.testing.assert_close(linear.weight, rounded(getattr(lstm, name)).float(), rtol=1e-6, atol=0)
-    state = None
-    for t in range(7):
-        part, state = ours(given.narrow(1 if batch_first else 0, t, 1), state)
-        assert torch.equal(part, y.narrow(1 if batch_first else 0, t, 1))
-    with pytest.raises(ValueError, match="got bidirectional=True"):
-        int8.swap(nn.ModuleList([nn.LSTM(4, 4, bidirectional=True)]), {nn.LSTM: int8.Int8LSTM})
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Models
 
@@ -135,6 +116,24 @@ def test_every_kind_of_model(options):
     assert sum(t.numel() for t in stored if t.dtype == torch.int8) == sum(p.numel() for p in matrices)
     assert sum(p.dtype == torch.int8 for p in ours.parameters()) == len(matrices)
     assert all(p.dim() == 1 or name.endswith((".scale", ".bias", "router.weight"))
+               for name, p in ours.named_parameters() if p.dtype != torch.int8)
+
+
+@pytest.mark.parametrize("options", test_context.VARIANTS, ids=test_context.IDS)
+def test_every_kind_of_recurrence(options):
+    model = test_context.make(**options).eval()
+    expected, matrices = reference(model)
+    ours, x = to_int8(copy.deepcopy(model)), tokens(9, 8)
+    with torch.no_grad():
+        y = ours(x)[0]
+        steps = {}
+        for name, m in (("ours", ours), ("expected", expected)):  # token by token, all products are modules'
+            state = m.init_state()
+            steps[name] = torch.cat([m(x[:, t:t + 1], state=state)[0] for t in range(x.size(1))], 1)
+        assert median_distance(steps["ours"], y) < 1e-5
+        assert median_distance(y, steps["expected"]) < 1e-4 < median_distance(y, model(x)[0]) < 0.2
+    assert sum(p.dtype == torch.int8 for p in ours.parameters()) == len(matrices)
+    assert all(p.dim() == 1 or name.endswith((".scale", ".bias", "router.weight", "conv.weight"))
                for name, p in ours.named_parameters() if p.dtype != torch.int8)
 
 
