@@ -8,6 +8,7 @@ import pytest
 import bench
 import prepare_data
 import quantize
+import recall_probe
 import sample
 import sweep
 import train
@@ -15,7 +16,7 @@ from common.config import load
 
 CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
-           "quantize.py": quantize.QuantizeConfig}
+           "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig}
 TEXTS = ["README.md", *CLASSES, *sorted(str(p) for p in Path("config").glob("*.py"))]
 
 

@@ -1,0 +1,414 @@
+"""In-context recall against state size: what a state of fixed size can hold, and what it cannot.
+
+    python recall_probe.py                                  # every mixer at every size, three seeds
+    python recall_probe.py --dry_run                        # the arms, their state sizes, what is left to run
+    python recall_probe.py --mixers=attention,lstm --sizes=32 --pairs=1,2 --steps=500 --name=recall_small
+    python recall_probe.py --sizes=16,32,64,128             # later: only the new size runs
+    python recall_probe.py --seq_len=64 --pairs=2,4,8,16 --vocab_size=64 --steps=10000 --name=recall_64
+
+Multi-query associative recall (Zoology, 2312.04927). A sequence is N pairs of a key and a value, then N
+queries, each one of the keys again; at a query the model must say the value that followed that key. Keys and
+values are drawn anew for each sequence, so nothing can be learned by heart: the answers are either in the
+decoding state or lost.
+
+    k7 v3 k2 v9 k5 v1  .  k5  .  .  k7 k2  .  .      . is filler, and the only labels are those of queries:
+                          v1        v3 v9
+
+Attention keeps every token: its state grows with the text. An LSTM or a context vector has the same few
+numbers after any text, and into those the pairs must go. One model per arm (mixer, size) and seed is trained
+on all numbers of pairs together and then tested on each, on sequences that took part in nothing before.
+Learning rates are tried on the first seed and chosen by validation sequences; the other seeds use the choice.
+
+How to read recall.png: two levels need no memory for pairs. 1 / values is blind guessing; 1 / N is a model
+that knows which values it saw, but not which key each belongs to. Attention should reach 99 % everywhere: if
+it does not, the set-up is wrong (too few steps, learning rates), and nothing follows about the others. These
+learn far more slowly than attention: they stay at 1 / N, then leave it. So a low figure says what was not
+learned in so many steps; that it cannot be held is shown by more --steps changing nothing. The default task
+is small for that reason: all of it fits in half an hour on two CPU cores.
+
+out/NAME/ gets results.jsonl (a line for each model as it ends), table.md and recall.png. The same command
+goes on after Ctrl-C, and reuses what is there when mixers, sizes, seeds or learning rates are added.
+"""
+import contextlib
+import itertools
+import json
+import math
+import os
+import shlex
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common.checkpoint import config_differences, write_atomically
+from common.config import Config, ConfigError, UserError, run
+from common.distributed import keep_freed_memory, pick_device
+from common.runlog import RunLog, append_line, git_commit, read_jsonl, say
+from common.stop import StopRequest
+from model import LM, ModelConfig
+
+# ------------------------------------------------------------------------------------------------------------
+# Config
+
+MIXERS = {  # the flags of model.py that make each
+    "attention": {"mixer": "attention", "n_heads": 1, "pos": "rope"},
+    "window": {"mixer": "attention", "n_heads": 1, "pos": "rope"},  # and --window
+    "lstm": {"mixer": "lstm", "pos": "none"},
+    "scan": {"mixer": "context", "context_update": "scan", "pos": "none"},
+    # one vector and no blocks around it
+    "gated": {"mixer": "context", "context_update": "gated", "pos": "none", "activation": "relu"}}
+MAY_CHANGE = {"mixers", "sizes", "seeds", "lrs", "seed", "device", "name", "out_dir", "dry_run"}
+TRAIN, VALIDATION, TEST = range(3)  # streams of sequences
+
+
+@dataclass
+class RecallConfig(Config):
+    # arms
+    mixers: str = ""  # of attention,window,lstm,scan,gated, separated by commas; "" = all
+    sizes: tuple[int, ...] = (16, 32, 64)  # d_model; for scan and gated the context vector's too
+    seeds: int = 3  # models per arm: seed, seed + 1, ...
+    lrs: tuple[float, ...] = (3e-3, 1e-2)  # peaks tried on the first seed, until one reaches stop_at
+    seed: int = 1  # of weights and sequences
+    # task
+    pairs: tuple[int, ...] = (1, 2, 4, 8)  # numbers N of pairs; a batch has equally many sequences of each
+    seq_len: int = 32  # tokens T: 2 N of pairs, the rest queries and filler
+    vocab_size: int = 32  # ids: 0 is filler, then keys, and from vocab_size // 2 on values
+    gap_power: float = 0.01  # a query comes x places after the pairs with weight x ** (gap_power - 1)
+    # model
+    n_layers: int = 2  # blocks; gated: ReLU layers
+    window: int = 8  # tokens that each layer of the arm `window` sees
+    short_conv: int = 3  # tokens of the causal convolution before each mixer (gated has none); 0 = none
+    # training
+    steps: int = 3000  # at most; warm-up for a tenth of them, then a cosine to 0
+    batch_size: int = 64  # sequences per step
+    eval_interval: int = 100  # steps between looks at the validation sequences
+    stop_at: float = 0.995  # a run ends once it has this validation accuracy for every N
+    eval_sequences: int = 256  # of each N in validation; four times as many in the test
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    # run
+    name: str = "recall"  # the folder in out_dir
+    out_dir: str = "out"  # where runs go
+    dry_run: bool = False  # print the plan, train nothing
+
+    @property
+    def mixer_names(self) -> list[str]:
+        return self.mixers.split(",") if self.mixers else list(MIXERS)
+
+    def problems(self) -> list[str]:
+        out = [f"no mixer '{m}'; there are {', '.join(MIXERS)}" for m in self.mixer_names if m not in MIXERS]
+        out += [f"{key} must be at least 1, got {getattr(self, key)}"
+                for key in ("seeds", "steps", "batch_size", "eval_interval", "eval_sequences", "window")
+                if getattr(self, key) < 1]
+        out += [f"{key} needs at least one number, all positive; got {getattr(self, key)}"
+                for key in ("sizes", "lrs", "pairs") if min(getattr(self, key), default=0) <= 0]
+        most, half = max(self.pairs, default=0), self.vocab_size // 2
+        if most > half - 1:
+            out.append(f"pairs={most} needs {most} keys, but vocab_size={self.vocab_size} has {half - 1}; "
+                       f"use --vocab_size={2 * most + 2}")
+        if 3 * most > self.seq_len:
+            out.append(f"pairs={most} takes 2 * {most} tokens and {most} queries, but seq_len="
+                       f"{self.seq_len}; use --seq_len={3 * most}")
+        if self.pairs and self.batch_size % len(self.pairs):
+            out.append(f"batch_size={self.batch_size} does not divide by the {len(self.pairs)} numbers of "
+                       "pairs")
+        if not out:
+            for mixer, size in itertools.product(self.mixer_names, self.sizes):
+                try:
+                    model_config(self, mixer, size)
+                except ConfigError as e:
+                    out += [f"{mixer} of size {size}: {p}" for p in e.problems]
+        return out
+
+
+def model_config(cfg: RecallConfig, mixer: str, size: int) -> ModelConfig:
+    """Every arm has blocks of the same kind around its mixer, but for gated, which is a trunk of its own."""
+    flags = dict(MIXERS[mixer], vocab_size=cfg.vocab_size, max_seq_len=cfg.seq_len, d_model=size,
+                 n_layers=cfg.n_layers, d_ff=2 * size, tie_embeddings=False)
+    if mixer == "window":
+        flags["window"] = cfg.window
+    if mixer != "gated":
+        flags["short_conv"] = cfg.short_conv
+    return ModelConfig(**flags)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Task
+
+
+class Sequences(NamedTuple):
+    tokens: torch.Tensor  # (B, T)
+    targets: torch.Tensor  # (B, T): the value asked for at a query, -1 elsewhere
+    distances: torch.Tensor  # (B, T): tokens from the key in its pair to the query, 0 elsewhere
+
+
+def sequences(cfg: RecallConfig, n_pairs: int, count: int, rng: np.random.Generator) -> Sequences:
+    """`count` sequences of `n_pairs` pairs. Keys of a sequence are all different, and so are its values, so
+    that a guess among those seen is right once in n_pairs."""
+    half, N = cfg.vocab_size // 2, n_pairs
+
+    def draw(ids: int):  # N different ones of 0 .. ids - 1
+        return rng.random((count, ids)).argsort(axis=1)[:, :N]  # (B, N)
+
+    keys, values, asked = 1 + draw(half - 1), half + draw(cfg.vocab_size - half), draw(N)
+    # the first N arrivals of a race in which place x has rate x ** (gap_power - 1) are N places drawn with
+    # these weights one after the other; `asked` then deals them out to the pairs
+    rates = np.arange(1, cfg.seq_len - 2 * N + 1) ** (cfg.gap_power - 1)
+    places = 2 * N + (rng.exponential(size=(count, len(rates))) / rates).argsort(axis=1)[:, :N]  # (B, N)
+
+    tokens = np.zeros((count, cfg.seq_len), dtype=np.int64)
+    targets, distances = np.full_like(tokens, -1), np.zeros_like(tokens)
+    tokens[:, 0:2 * N:2], tokens[:, 1:2 * N:2] = keys, values
+    rows = np.arange(count)[:, None]
+    tokens[rows, places], targets[rows, places] = keys[rows, asked], values[rows, asked]
+    distances[rows, places] = places - 2 * asked
+    return Sequences(*map(torch.from_numpy, (tokens, targets, distances)))
+
+
+def training_batch(cfg: RecallConfig, seed: int, step: int) -> Sequences:
+    """A pure function of (seed, step), and the same for every mixer, size and learning rate."""
+    rng = np.random.default_rng((seed, TRAIN, step))
+    parts = [sequences(cfg, N, cfg.batch_size // len(cfg.pairs), rng) for N in cfg.pairs]
+    return Sequences(*map(torch.cat, zip(*parts, strict=True)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training and testing
+
+
+def answers(model: LM, batch: Sequences):
+    """Logits (n, V) at the n queries alone, the values asked for (n,), the distances (n,)."""
+    tokens, targets, distances = (x.to(model.embed.weight.device) for x in batch)
+    asked = targets >= 0  # (B, T)
+    return model.head(model.hidden(tokens)[asked]), targets[asked], distances[asked]
+
+
+@torch.no_grad()
+def test(cfg: RecallConfig, model: LM, seed: int, stream: int) -> dict[str, dict]:
+    """By number of pairs (text, as in JSON): the share of queries answered rightly, and `by_distance`, whose
+    i-th entry is (right, asked) at distances 2^i .. 2^(i+1) - 1."""
+    model.eval()
+    results, n_buckets = {}, cfg.seq_len.bit_length()
+    for N in cfg.pairs:
+        rng = np.random.default_rng((seed, stream, N))
+        right, bucket = [], []
+        for _ in range(4 if stream == TEST else 1):
+            logits, values, distances = answers(model, sequences(cfg, N, cfg.eval_sequences, rng))
+            right.append(logits.argmax(dim=-1) == values)  # (n,)
+            bucket.append(distances.log2().long())  # (n,)
+        right, bucket = torch.cat(right).cpu(), torch.cat(bucket).cpu()
+        counts = [torch.bincount(b, minlength=n_buckets).tolist() for b in (bucket[right], bucket)]
+        results[str(N)] = {"accuracy": right.float().mean().item(),
+                           "by_distance": [list(pair) for pair in zip(*counts, strict=True)]}
+    model.train()
+    return results
+
+
+def train(cfg: RecallConfig, mixer: str, size: int, lr: float, seed: int, stop: StopRequest):
+    """One model from start to test: its line of results.jsonl; None if asked to stop."""
+    began, device = time.perf_counter(), pick_device(cfg.device)
+    torch.manual_seed(seed)
+    model = LM(model_config(cfg, mixer, size)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,  # no data twice
+                                  fused=device.type in ("cpu", "cuda"))
+    warmup, curve = max(1, cfg.steps // 10), []
+    bar = tqdm(range(cfg.steps), f"{mixer} {size} lr {lr:g} seed {seed}", leave=False, unit="step",
+               dynamic_ncols=True, disable=not sys.stderr.isatty())
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min((step + 1) / warmup, (1 + math.cos(math.pi * step / cfg.steps)) / 2)
+        logits, values, _ = answers(model, training_batch(cfg, seed, step))
+        loss = F.cross_entropy(logits, values)  # in fp32: at these sizes bf16 is no faster on a CPU
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if stop.requested:
+            return None
+        if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.steps:
+            if not math.isfinite(loss.item()):
+                raise UserError(f"{mixer} of size {size}, lr {lr:g}: loss {loss.item()} by step {step + 1}; "
+                                "leave this rate out of --lrs (what is done stays)")
+            found = [r["accuracy"] for r in test(cfg, model, seed, VALIDATION).values()]
+            curve.append([step + 1, loss.item(), *found])
+            bar.set_postfix_str("validation " + " ".join(f"{a:.3f}" for a in found))
+            if min(found) >= cfg.stop_at:
+                break
+    bar.close()
+    return {"mixer": mixer, "size": size, "lr": lr, "seed": seed,
+            "parameters": model.count_parameters()["total"], "state_numbers": state_numbers(cfg, model),
+            "steps": step + 1, "validation": statistics.fmean(found), "solved": min(found) >= cfg.stop_at,
+            "test": test(cfg, model, seed, TEST), "curve": curve,  # [step, loss, validation by N ...]
+            "seconds": time.perf_counter() - began, "git": git_commit(), "config": asdict(cfg)}
+
+
+@torch.no_grad()
+def state_numbers(cfg: RecallConfig, model: LM) -> int:
+    """How many numbers the decoding state holds after one sequence: attention's cache at its length."""
+    state = model.init_state()
+    model.hidden(torch.zeros(1, cfg.seq_len, dtype=torch.long, device=model.embed.weight.device), state)
+    state.fix(cfg.seq_len, model.embed.weight.device)  # without spare room
+
+    def count(x) -> int:
+        if torch.is_tensor(x):
+            return x.numel() if x.is_floating_point() else 0
+        return sum(map(count, x if isinstance(x, (list, tuple)) else getattr(x, "__dict__", {}).values()))
+
+    return count(state.layers)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Report
+
+
+def table(cfg: RecallConfig, arms: list[list[dict]]) -> str:
+    """Accuracy by number of pairs, then by distance where the pairs are most."""
+    def accuracy(rows, N):
+        found = [100 * r["test"][str(N)]["accuracy"] for r in rows]
+        return f"{statistics.fmean(found):.1f} ({min(found):.1f}-{max(found):.1f})"
+
+    most = max(cfg.pairs)
+    lines = [["mixer", "d_model", "parameters", "state", "lr", "steps", *(f"N = {N}" for N in cfg.pairs)]]
+    far = [["mixer", "d_model", *(f"{2**i}-{2**(i + 1) - 1}" for i in range(cfg.seq_len.bit_length()))]]
+    for rows in arms:
+        r = rows[0]
+        lines.append([r["mixer"], str(r["size"]), f"{r['parameters']:,}", f"{r['state_numbers']:,}",
+                      f"{r['lr']:g}", f"{statistics.fmean(r['steps'] for r in rows):,.0f}",
+                      *(accuracy(rows, N) for N in cfg.pairs)])
+        buckets = zip(*(r["test"][str(most)]["by_distance"] for r in rows), strict=True)
+        sums = [[sum(x) for x in zip(*b, strict=True)] for b in buckets]
+        far.append([r["mixer"], str(r["size"]),
+                    *(f"{100 * right / asked:.1f}" if asked else "" for right, asked in sums)])
+    keep = [any(line[i] for line in far[1:]) for i in range(len(far[0]))]
+    far = [[c for c, k in zip(line, keep, strict=True) if k] for line in far]
+    values = cfg.vocab_size - cfg.vocab_size // 2
+    text = (f"{grid(lines)}\n\nBy distance from key to query, N = {most}:\n\n{grid(far)}\n\n"
+            f"- per cent of queries answered rightly in {4 * cfg.eval_sequences:,} test sequences of each N: "
+            f"mean (least-most) of {cfg.seeds} seeds\n"
+            f"- chance: {100 / values:.1f} guessing among all values; "
+            + ", ".join(f"{100 / N:.1f}" for N in cfg.pairs) + " among the N values of the sequence\n"
+            f"- state: numbers held while decoding one sequence (4 bytes each in fp32); attention's at "
+            f"{cfg.seq_len} tokens\n"
+            f"- lr: of {', '.join(f'{lr:g}' for lr in cfg.lrs)} the best by seed {cfg.seed}'s validation "
+            "sequences, used for all seeds\n")
+    low = [r["size"] for rows in arms for r in rows if r["mixer"] == "attention"
+           and min(x["accuracy"] for x in r["test"].values()) < 0.9]
+    if low:
+        text += (f"- attention is below 90 % (d_model {', '.join(map(str, sorted(set(low))))}): the set-up "
+                 "is at fault, so this says nothing of other mixers; give it more --steps or other --lrs\n")
+    return text
+
+
+def grid(lines: list[list[str]]) -> str:
+    """A Markdown table; the first line is its head, the first column its names."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[c.ljust(w) if c is line[0] else c.rjust(w) for c, w in zip(line, widths, strict=True)]
+             for line in lines]
+    lines.insert(1, ["-" * (w - 1) + (":" if i else "-") for i, w in enumerate(widths)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
+    """A panel for each N: accuracy against state size, a line through the means of each mixer's sizes."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(2 + 2.6 * len(cfg.pairs), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(cfg.pairs), sharey=True, squeeze=False)[0]
+    values = cfg.vocab_size - cfg.vocab_size // 2
+    for axes, N in zip(panels, cfg.pairs, strict=True):
+        for i, mixer in enumerate(cfg.mixer_names):
+            mine = sorted((rows for rows in arms if rows[0]["mixer"] == mixer),
+                          key=lambda rows: rows[0]["state_numbers"])
+            x = [rows[0]["state_numbers"] for rows in mine]
+            y = [[r["test"][str(N)]["accuracy"] for r in rows] for rows in mine]
+            axes.plot(x, [statistics.fmean(a) for a in y], color=f"C{i}", label=mixer)
+            for at, seeds in zip(x, y, strict=True):
+                axes.plot([at] * len(seeds), seeds, "o", color=f"C{i}", markersize=3, alpha=0.7)
+        for level, style in ((1 / N, "--"), (1 / values, ":")):
+            axes.axhline(level, color="black", linewidth=0.8, linestyle=style)
+        axes.set_xscale("log", base=2)
+        axes.set(title=f"{N} pair{'s' * (N > 1)}", xlabel="numbers in the state", ylim=(-0.02, 1.02))
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("share of queries answered rightly")
+    handles = panels[0].get_legend_handles_labels()[0] + list(panels[0].lines[-2:])
+    labels = [*cfg.mixer_names, "1 / pairs", "1 / values"]
+    figure.legend(handles, labels, loc="outside right center")
+    figure.savefig(f"{path}.tmp", format="png", dpi=120)
+    os.replace(f"{path}.tmp", path)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Main
+
+
+def progress(cfg: RecallConfig, mixer: str, size: int, done: dict) -> tuple[list[dict], tuple | None]:
+    """Of one arm: its models that count, one per seed, and the (lr, seed) to train next, or None at the
+    end. `done`: lines of results.jsonl by (mixer, size, lr, seed)."""
+    tried, rows = [], []
+    for lr in cfg.lrs:
+        if (mixer, size, lr, cfg.seed) not in done:
+            return [], (lr, cfg.seed)
+        tried.append(done[mixer, size, lr, cfg.seed])
+        if tried[-1]["solved"]:
+            break
+    lr = max(tried, key=lambda row: row["validation"])["lr"]
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        if (mixer, size, lr, seed) not in done:
+            return rows, (lr, seed)
+        rows.append(done[mixer, size, lr, seed])
+    return rows, None
+
+
+def main(cfg: RecallConfig) -> dict:
+    """Run, or go on with, all arms. Returns the state and each arm's lines of results.jsonl."""
+    folder = os.path.join(cfg.out_dir, cfg.name)
+    path, done = os.path.join(folder, "results.jsonl"), {}
+    for row in read_jsonl(path):
+        if differences := config_differences(row["config"], asdict(cfg), MAY_CHANGE):
+            raise UserError(f"{path} holds results of another configuration (there -> here)\n  "
+                            + "\n  ".join(differences)
+                            + "\nnothing was run; use another --name, or remove that file")
+        done[row["mixer"], row["size"], row["lr"], row["seed"]] = row
+    arms = list(itertools.product(cfg.mixer_names, cfg.sizes))
+    most = len(cfg.lrs) + cfg.seeds - 1
+    say(f"mixers x sizes = {len(cfg.mixer_names)} x {len(cfg.sizes)} = {len(arms)} arms, each with at "
+        f"most {len(cfg.lrs)} learning rates + {cfg.seeds - 1} more seeds = {most} models: at most "
+        f"{len(arms) * most} models of at most {cfg.steps:,} steps, {len(done)} there; output in {folder}")
+    if cfg.dry_run:
+        for mixer, size in arms:
+            model, (rows, todo) = LM(model_config(cfg, mixer, size)), progress(cfg, mixer, size, done)
+            say(f"{mixer:<10} d_model {size:<5} {model.count_parameters()['total']:>9,} parameters  "
+                f"{state_numbers(cfg, model):>7,} numbers in the state  "
+                + (f"next: lr {todo[0]:g}, seed {todo[1]}" if todo else f"done, {len(rows)} seeds"))
+        return {"status": "planned"}
+
+    keep_freed_memory()
+    torch.set_num_threads(min(torch.get_num_threads(), 4))  # the models are tiny
+    with StopRequest() as stop, contextlib.closing(RunLog(folder)):  # which locks the folder
+        for mixer, size in arms:
+            while todo := progress(cfg, mixer, size, done)[1]:
+                lr, seed = todo
+                row = train(cfg, mixer, size, lr, seed, stop)
+                if row is None:
+                    say("stopped, without the model just in training; the same command goes on")
+                    return {"status": "stopped"}
+                append_line(path, json.dumps(row))
+                done[mixer, size, lr, seed] = row
+                found = "  ".join(f"{r['accuracy']:.3f}" for r in row["test"].values())
+                say(f"{mixer:<10} d_model {size:<4} lr {lr:<6g} seed {seed}  {row['steps']:>5,} steps, "
+                    f"{row['seconds']:5.1f} s   N = {', '.join(row['test'])}: {found}")
+    results = [progress(cfg, mixer, size, done)[0] for mixer, size in arms]
+    text = table(cfg, results)
+    command = shlex.join(["python", *sys.argv])
+    write_atomically(os.path.join(folder, "table.md"), lambda f: f.write(f"    {command}\n\n{text}".encode()))
+    draw(cfg, results, os.path.join(folder, "recall.png"))
+    say(f"\n{text}\nin {folder}: table.md, recall.png, results.jsonl")
+    return {"status": "finished", "arms": results}
+
+
+if __name__ == "__main__":
+    run(main, RecallConfig)
