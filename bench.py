@@ -13,6 +13,7 @@ Shapes
                   256, 4 layers, 8 heads, RoPE, vocabulary 8,192; 8,192 tokens a step each
     muon          config/tinier.py, 16 x 512 tokens a step, by Muon and by AdamW alone
     generate      one sequence of 512 new tokens, exp6's model, weights in --dtype for everyone
+    int8          the same in INT8 and in fp32; both with the decoding step compiled by --compile
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
     overhead      share of exp3's step that is not forward, backward, clipping or optimiser
     tiny          a model of nothing, to see that all this works
@@ -48,7 +49,7 @@ from common import data, distributed
 from common.config import Config, UserError, load, run
 from common.runlog import git_commit, say
 from common.tokenizer import rank_bpe
-from model import LM, ModelConfig
+from model import LM, ModelConfig, to_int8
 from train import TrainConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -56,8 +57,8 @@ from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would start with this one's peak memory
-SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "muon", "generate", "startup", "overhead",
-          "tiny")
+SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "muon", "generate", "int8", "startup",
+          "overhead", "tiny")
 
 
 @dataclass
@@ -99,10 +100,10 @@ def shape_of(name: str) -> Shape:
         return Shape(batch, {"max_seq_len": length, "d_model": d_model, "n_layers": n_layers,
                              "n_heads": n_heads, "vocab_size": vocab_size,
                              "pos": "rope" if name == "local" else "learned"})
-    rung = {"generate": "exp6", "overhead": "exp3", "startup": "demo", "muon": "tinier"}.get(name, name)
-    ours = load(TrainConfig, [os.path.join(HERE, "config", f"{rung}.py")])
+    rungs = {"generate": "exp6", "int8": "exp6", "overhead": "exp3", "startup": "demo", "muon": "tinier"}
+    ours = load(TrainConfig, [os.path.join(HERE, "config", f"{rungs.get(name, name)}.py")])
     model = {f.name: getattr(ours, f.name) for f in fields(ModelConfig)}
-    return Shape({"generate": 1, "exp6": 4, "exp7": 4, "muon": 16}.get(name, 8),
+    return Shape({"generate": 1, "int8": 1, "exp6": 4, "exp7": 4, "muon": 16}.get(name, 8),
                  model | {"flash": True, "vocab_size": ours.vocab_size or 8192})
 
 
@@ -293,15 +294,18 @@ def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: st
     return Runner(training(step, shape, cfg, device), dtype=dtype)
 
 
-def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compile: bool = False) -> Runner:
+def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compile: bool = False,
+             dtype: str = "") -> Runner:
     """As many tokens after a prompt of one as there are positions. Ours and transformers' are greedy and have
-    a cache; nanoGPT's has none and always samples."""
+    a cache; nanoGPT's has none and always samples. `dtype`, which may be int8, is in place of cfg's."""
     device = distributed.pick_device(cfg.device) if peer else distributed.setup(cfg.device).device
     length = shape.model["max_seq_len"]
-    name, _ = distributed.choose_dtype(cfg.dtype, device)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    name = dtype or distributed.choose_dtype(cfg.dtype, device)[0]
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
     model = load_peer(peer, shape, 0.0)[0] if peer else LM(ModelConfig(**shape.model))
-    model.to(device, dtype).eval()
+    model.to(device, kinds[name]).eval()
+    if name == "int8":
+        to_int8(model)
     prompt = torch.ones(1, 1, dtype=torch.long, device=device)  # (1, 1)
     options = {} if peer else {"temperature": 0, "compile": compile}
     if peer == "transformers":
@@ -354,6 +358,9 @@ def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
                 Arm("global, T 8192", train_ours, shape)]
     if name == "muon":
         return [Arm(by, train_ours, shape, {"optimizer": by}) for by in ("muon", "adamw")]
+    if name == "int8":
+        return [Arm("nanoMem", generate, shape, {"dtype": dtype, "compile": cfg.compile == "true"})
+                for dtype in ("int8", "fp32")]
     if name == "generate":
         arms = [Arm("nanoMem", generate, shape, {"compile": yes}) for yes in (True, False)
                 if not yes or cfg.compile != "false"]

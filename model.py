@@ -31,7 +31,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensor
 
-from common import checkpoint
+from common import checkpoint, int8
 from common.block_attention import block_attention
 from common.config import Config
 from common.head_loss import cross_entropy
@@ -407,6 +407,12 @@ class RecurrentState:
         pass  # no shape ever changes
 
 
+def one_by_one(x, layer) -> bool:
+    """Whether a recurrence reads x (B, T, C) in steps: a single token, which also compiles, and with INT8
+    layers, which make products and nothing else."""
+    return not torch.is_grad_enabled() and (x.size(1) == 1 or not isinstance(layer, nn.Linear))
+
+
 class ContextScan(nn.Module):
     """c_t = f_t c_{t-1} + (1 - f_t) u_t, whose gate f and candidate u read the token alone: a linear
     recurrence, so all positions at once (minGRU, 2410.01201). Deeper layers read what those below
@@ -451,11 +457,12 @@ class LSTM(nn.Module):
     def forward(self, x, rope, state: RecurrentState | None):
         zeros = x.new_zeros(x.size(0), self.width)
         h, c = (s.to(x.dtype) for s in (state and state.tensors or (zeros, zeros)))  # (B, K) each
-        if x.size(1) == 1 and not torch.is_grad_enabled():  # what follows does not compile
-            i, f, g, o = (self.gates(x) + self.recur(h[:, None])).chunk(4, dim=-1)  # (B, 1, K) each
-            c = torch.sigmoid(f[:, 0]) * c + torch.sigmoid(i[:, 0]) * torch.tanh(g[:, 0])  # (B, K)
-            h = torch.sigmoid(o[:, 0]) * torch.tanh(c)
-            y = h[:, None]  # (B, 1, K)
+        if one_by_one(x, self.gates):
+            rows = []
+            for x_t in x.unbind(dim=1):
+                h, c = self.step(x_t, h, c)
+                rows.append(h)
+            y = torch.stack(rows, dim=1)  # (B, T, K)
         else:
             weights = [self.gates.weight, self.recur.weight]
             if self.gates.bias is not None:
@@ -466,6 +473,13 @@ class LSTM(nn.Module):
         if state:
             state.tensors = (h.detach(), c.detach())
         return self.proj(y)  # (B, T, C)
+
+    def step(self, x, h, c):
+        """One token: x (B, C), h and c (B, K) -> h and c."""
+        gates = (self.gates(x[:, None]) + self.recur(h[:, None]))[:, 0]  # (B, 4 K)
+        i, f, g, o = gates.chunk(4, dim=-1)  # (B, K) each
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
 
 
 class ShortConv(nn.Module):
@@ -610,9 +624,12 @@ class GatedContext(nn.Module):
         c = state.tensors[0] if state and state.tensors else None
         if c is None:
             c = x.new_zeros(x.size(0), self.width, dtype=torch.float32)  # (B, K)
-        if x.size(1) == 1 and not torch.is_grad_enabled():
-            h, c = self.step(x[:, 0], c)
-            h = h[:, None]  # (B, 1, F)
+        if one_by_one(x, self.gates):
+            rows = []
+            for x_t in x.unbind(dim=1):
+                h, c = self.step(x_t, c)
+                rows.append(h)
+            h = torch.stack(rows, dim=1)  # (B, T, F)
         else:  # the same for all positions, see common/recurrence.py
             first, *others = self.layers
             w_token, w_context = first.weight.split((self.d_model, self.width), dim=1)  # (F, C), (F, K)
@@ -899,12 +916,21 @@ class LM(nn.Module):
         return 6 * self.count_parameters()["matmul"] + 12 * self.cfg.d_model * seen
 
 
+def to_int8(model: LM) -> LM:
+    """The model itself, its matrices and tables now in INT8 (common/int8.py) and never trained again. Routers
+    stay as they are."""
+    return int8.swap(model, {nn.Linear: int8.Int8Linear, Linear: int8.Int8Linear,
+                             nn.Embedding: int8.Int8Embedding, ExpertLinear: int8.Int8Experts})
+
+
 def load_model(path: str, device="cpu", dtype: str = "fp32") -> tuple[LM, dict]:
-    """The model of a checkpoint or run folder, in eval mode with its weights in fp32, bf16 or fp16, and
-    everything else the checkpoint holds."""
-    saved = checkpoint.load(path, keys=("model", "config", "tokenizer"))
+    """The model of a checkpoint or run folder, in eval mode with its weights in fp32, bf16 or fp16 (those of
+    an INT8 file stay INT8, the rest follows), and everything else the checkpoint holds."""
+    saved = checkpoint.load(path, keys=("model", "config", "tokenizer"), int8=True)
     names = {f.name for f in fields(ModelConfig)}
     model = LM(ModelConfig(**{k: v for k, v in saved["config"].items() if k in names}))
+    if "int8" in saved:
+        to_int8(model)
     checkpoint.load_weights(model, saved.pop("model"), path)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return model.to(device, kind).eval(), saved

@@ -37,16 +37,23 @@ def write_json(path: str, value) -> None:
     write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
 
-def load(path: str, keys=("model", "config"), map_location="cpu") -> dict:
-    """The checkpoint at `path`, or at best.pt / last.pt if it is a run's folder. CheckpointError if it is
-    missing, damaged, holds anything but tensors and plain values, or lacks one of `keys`."""
+def find(path: str) -> str:
+    """The checkpoint file at `path`, or best.pt / last.pt if it is a run's folder; or CheckpointError."""
     if os.path.isdir(path):
         found = [p for p in (os.path.join(path, n) for n in ("best.pt", "last.pt")) if os.path.exists(p)]
         if not found:
             raise CheckpointError(f"no best.pt or last.pt in {path}")
-        path = found[0]
+        return found[0]
     if not os.path.exists(path):
         raise CheckpointError(f"no checkpoint at {path}; runs keep theirs in out/NAME/")
+    return path
+
+
+def load(path: str, keys=("model", "config"), map_location="cpu", int8: bool = False) -> dict:
+    """The checkpoint at `path`, or at best.pt / last.pt if it is a run's folder. CheckpointError if it is
+    missing, damaged, holds anything but tensors and plain values, lacks one of `keys`, or if it is in INT8
+    and `int8` does not allow that."""
+    path = find(path)
     if not zipfile.is_zipfile(path):  # torch.save's container, whose directory is at its end
         raise CheckpointError(f"{path} is not a whole checkpoint ({os.path.getsize(path):,} bytes); "
                               "copy it again, or go on from the folder's other .pt file")
@@ -59,6 +66,9 @@ def load(path: str, keys=("model", "config"), map_location="cpu") -> dict:
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as e:
         raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {str(e):.200}); "
                               "copy it again, or go on from the folder's other .pt file") from None
+    if isinstance(state, dict) and "int8" in state and not int8:
+        raise CheckpointError(f"{path} is in INT8, to be read and not trained; use what it was made from: "
+                              + state["int8"]["source"])
     missing = [k for k in keys if not isinstance(state, dict) or k not in state]
     if missing:
         has = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__

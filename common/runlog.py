@@ -33,7 +33,7 @@ class RunLog:
         """Continue at `step`, last evaluated at step `evaluated`: drop the rows after these, which a killed
         run logged and will now repeat. None: a new run, so whatever an earlier one left is removed."""
         if step is None:
-            for name in ("last.pt", "best.pt", "metrics.jsonl", "samples.txt", "loss.png"):
+            for name in ("last.pt", "best.pt", "int8.pt", "metrics.jsonl", "samples.txt", "loss.png"):
                 if os.path.exists(self.path(name)):
                     os.remove(self.path(name))
             return

@@ -14,6 +14,7 @@ import bench
 from bench import BenchConfig, Row
 from common import data, tokenizer
 from common.config import ConfigError, UserError
+from model import LM
 
 STAND_IN = '''
 import os
@@ -154,7 +155,7 @@ def test_shapes_are_those_the_bars_name():
         return shape.batch, *(shape.model[k] for k in keys)
 
     assert of("exp3") == of("overhead") == (8, 512, 128, 4, 8, 50257)
-    assert of("exp6") == (4, 512, 512, 12, 8, 50257) and of("generate") == (1, *of("exp6")[1:])
+    assert of("exp6") == (4, 512, 512, 12, 8, 50257) and of("generate") == of("int8") == (1, *of("exp6")[1:])
     assert of("d256") == (16, 256, 256, 8, 8, 8192) and bench.shape_of("exp7").model["pos"] == "rope"
     assert of("muon") == (16, 512, 192, 9, 3, 8192)
     assert all(bench.shape_of(name).model.get("flash", True) for name in bench.SHAPES)
@@ -175,8 +176,19 @@ def test_who_takes_turns():
     assert [a.label for a in bench.arms_of("generate", cfg, {})] == labels
     by = [a.options["optimizer"] for a in bench.arms_of("muon", cfg, {})]
     assert by == ["muon", "adamw"]
+    for compile in ("auto", "true"):
+        arms = bench.arms_of("int8", dataclasses.replace(cfg, compile=compile), {})
+        assert [(a.options["dtype"], a.options["compile"]) for a in arms] == [
+            ("int8", compile == "true"), ("fp32", compile == "true")]
     eager = dataclasses.replace(cfg, compile="false")
     assert [a.label for a in bench.arms_of("generate", eager, {})] == labels[1:]
+
+
+def test_int8_generates_from_int8(monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, "LM", lambda cfg: made.append(LM(cfg)) or made[0])
+    runner = bench.generate(BenchConfig(device="cpu"), bench.shape_of("tiny"), "", dtype="int8")
+    assert runner.note == "int8" and made[0].head.q.dtype == torch.int8 and runner.measure() > 0
 
 
 def test_refusals_say_what_to_type(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 
 import bench
 import prepare_data
+import quantize
 import recall_probe
 import sample
 import sweep
@@ -19,7 +20,7 @@ from common.config import Config, ConfigError, help_text, load, option_types
 
 SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
-           "recall_probe.py": recall_probe.RecallConfig}
+           "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig}
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import pytest
 
 import bench
 import prepare_data
+import quantize
 import recall_probe
 import sample
 import sweep
@@ -15,7 +16,7 @@ from common.config import load
 
 CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
-           "recall_probe.py": recall_probe.RecallConfig}
+           "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig}
 TEXTS = ["README.md", *CLASSES, *sorted(str(p) for p in Path("config").glob("*.py"))]
 
 
