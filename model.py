@@ -415,13 +415,13 @@ def one_by_one(x, layer) -> bool:
 
 class ContextScan(nn.Module):
     """c_t = f_t c_{t-1} + (1 - f_t) u_t, whose gate f and candidate u read the token alone: a linear
-    recurrence, so all positions at once (minGRU, 2410.01201). Deeper layers read what those below
-    remember."""
+    recurrence, so all positions at once (minGRU, 2410.01201). Read through a third gate, silu(o_t) c_t:
+    without it the recall probe learned no pair. Deeper layers read what those below remember."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.width = cfg.context_dim or cfg.d_model
-        self.gates = linear(cfg, cfg.d_model, 2 * self.width, False)
+        self.gates = linear(cfg, cfg.d_model, 3 * self.width, False)  # f, u, o
         self.forget_bias = nn.Parameter(torch.empty(self.width))  # (K,)
         self.proj = linear(cfg, self.width, cfg.d_model, cfg.bias)
 
@@ -429,8 +429,8 @@ class ContextScan(nn.Module):
         return RecurrentState()
 
     def forward(self, x, rope, state: RecurrentState | None):
-        f, u = self.gates(x).float().chunk(2, dim=-1)  # (B, T, K) each; in float32 what is summed up over T
-        f = torch.sigmoid(f + self.forget_bias)
+        f, u, o = self.gates(x).chunk(3, dim=-1)  # (B, T, K) each
+        f, u = torch.sigmoid(f.float() + self.forget_bias), u.float()  # float32 for what is summed up over T
         c = state.tensors[0] if state and state.tensors else u.new_zeros(u.size(0), self.width)  # (B, K)
         if x.size(1) == 1:
             y = torch.lerp(u, c[:, None], f)  # (B, 1, K)
@@ -438,7 +438,7 @@ class ContextScan(nn.Module):
             y = linear_scan(f, (1 - f) * u, c)  # (B, T, K)
         if state:
             state.tensors = (y[:, -1].detach().clone(),)  # not a view, which would keep all of y
-        return self.proj(y.to(x.dtype))  # (B, T, C)
+        return self.proj(F.silu(o) * y.to(o.dtype))  # (B, T, C)
 
 
 class LSTM(nn.Module):

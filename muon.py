@@ -57,7 +57,7 @@ def parts(name: str, p, cfg) -> list[int]:
     if ".qkv." in name and p.size(-2) == sum(qkv):
         return qkv
     width, d_ff = cfg.context_dim or cfg.d_model, cfg.d_ff or 4 * cfg.d_model
-    if ".gates." in name and p.size(-2) in (2 * width, 3 * width, 4 * width) or ".recur." in name:
+    if ".gates." in name and p.size(-2) in (3 * width, 4 * width) or ".recur." in name:
         return [width] * (p.size(-2) // width)
     if ".up." in name and cfg.activation == "swiglu" and p.size(-2) == 2 * d_ff:
         return [d_ff, d_ff]
