@@ -4,6 +4,8 @@
     python bench.py --shapes=exp3,exp6 --json=bench.json       # some shapes; results for programs too
     python bench.py --peer=../nanoGPT --shapes=exp3,d256,exp6  # against a checkout of nanoGPT
     python bench.py --peer=../nanoGPT --peer=transformers --shapes=generate
+    python bench.py --shapes=context32,context512,scan1,scan8  # mixers without attention
+    python bench.py --shapes=decoding --plot=decoding.png      # their memory and time per token at length
     python bench.py --shapes=tiny --rounds=2                   # a smoke test
 
 Shapes
@@ -12,6 +14,12 @@ Shapes
     local         window 256 at T = 8,192, the same at T = 512, and global attention at T = 8,192; d_model
                   256, 4 layers, 8 heads, RoPE, vocabulary 8,192; 8,192 tokens a step each
     muon          config/tinier.py, 16 x 512 tokens a step, by Muon and by AdamW alone
+    context32     the gated context vector (2.74M, d_model 256, 6 layers of 512, vocabulary 1,000), 32 x 64
+                  tokens a step, against the same model with everything inside a loop over positions
+    context512    the same at 512 x 64, and torch.nn.LSTM of width 512 (2.09M)
+    scan1, scan8  its scan variant at 1 x 1,024 and 8 x 1,024, of about that size; the gated one, both ways
+    decoding      bytes of the state, peak memory and ms per token after 1K, 10K and 100K tokens: context,
+                  scan, LSTM, attention with a window and without, about 2.7M parameters each, in fp32
     generate      one sequence of 512 new tokens, exp6's model, weights in --dtype for everyone
     int8          the same in INT8 and in fp32; both with the decoding step compiled by --compile
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
@@ -37,11 +45,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import train
@@ -57,8 +68,11 @@ from train import TrainConfig
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would start with this one's peak memory
-SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "muon", "generate", "int8", "startup",
-          "overhead", "tiny")
+SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "muon", "context32", "context512", "scan1",
+          "scan8", "decoding", "generate", "int8", "startup", "overhead", "tiny")
+NEWLLM = {"vocab_size": 1000, "max_seq_len": 64, "d_model": 256, "d_ff": 512, "tie_embeddings": False}
+GATED = NEWLLM | {"mixer": "context", "context_dim": 256, "n_layers": 6, "activation": "relu", "pos": "none"}
+SCAN = NEWLLM | {"mixer": "context", "context_update": "scan", "n_layers": 4, "d_ff": 568, "pos": "none"}
 
 
 @dataclass
@@ -70,6 +84,8 @@ class BenchConfig(Config):
     # how
     rounds: int = 5  # alternations of the arms
     steps: int = 0  # training steps of an arm in a round; 0 = about a second of them
+    lengths: tuple[int, ...] = (1_000, 10_000, 100_000)  # decoding: tokens read before the measured ones
+    plot: str = ""  # decoding: draw memory and time against length into this file
     dropout: float = 0.0  # everyone's
     # machine (ours; peers run in fp32 as shipped, and at their best)
     device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps; everyone's
@@ -81,6 +97,10 @@ class BenchConfig(Config):
                for name in self.shapes.split(",") if self.shapes and name not in SHAPES]
         out += [f"{key} must be at least {least}, got {getattr(self, key)}"
                 for key, least in (("rounds", 1), ("steps", 0)) if getattr(self, key) < least]
+        if min(self.lengths, default=0) < 1:
+            out.append(f"lengths must be 1 or more, got {self.lengths}")
+        if self.plot and "decoding" not in self.shapes.split(","):
+            out.append("plot draws the shape decoding; add --shapes=decoding")
         return out + ([] if 0 <= self.dropout < 1 else [f"dropout must be in [0, 1), got {self.dropout}"])
 
     def derive(self) -> None:
@@ -100,6 +120,10 @@ def shape_of(name: str) -> Shape:
         return Shape(batch, {"max_seq_len": length, "d_model": d_model, "n_layers": n_layers,
                              "n_heads": n_heads, "vocab_size": vocab_size,
                              "pos": "rope" if name == "local" else "learned"})
+    if name in ("context32", "context512", "decoding"):
+        return Shape({"context32": 32, "context512": 512}.get(name, 1), GATED)
+    if name in ("scan1", "scan8"):
+        return Shape(int(name[4:]), SCAN | {"max_seq_len": 1024})
     rungs = {"generate": "exp6", "int8": "exp6", "overhead": "exp3", "startup": "demo", "muon": "tinier"}
     ours = load(TrainConfig, [os.path.join(HERE, "config", f"{rungs.get(name, name)}.py")])
     model = {f.name: getattr(ours, f.name) for f in fields(ModelConfig)}
@@ -236,10 +260,53 @@ def start_up(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
 # Peers: their own model and step
 
 
+class ContextLoop(nn.Module):
+    """The gated context vector as its equations read, everything inside a loop over positions."""
+
+    def __init__(self, m: dict):
+        super().__init__()
+        C, d_ff, K = m["d_model"], m["d_ff"], m["context_dim"]
+        self.embed = nn.Embedding(m["vocab_size"], C)
+        self.layers = nn.ModuleList(nn.Linear(d_ff if i else C + K, d_ff) for i in range(m["n_layers"]))
+        self.forget, self.input, self.update = (nn.Linear(d_ff, K) for _ in range(3))
+        self.norm, self.head = nn.LayerNorm(K), nn.Linear(d_ff, m["vocab_size"])
+
+    def forward(self, tokens):
+        """(B, T) -> logits (B, T, V)"""
+        logits, c = [], self.norm.weight.new_zeros(len(tokens), len(self.norm.weight))  # (B, K)
+        for t in range(tokens.size(1)):
+            h = torch.cat((self.embed(tokens[:, t]), c), dim=1)  # (B, C + K)
+            for layer in self.layers:
+                h = F.relu(layer(h))  # (B, F)
+            logits.append(self.head(h))  # (B, V)
+            c = torch.sigmoid(self.forget(h)) * c + torch.sigmoid(self.input(h)) * self.update(h)  # (B, K)
+            c = self.norm(c).clamp(-10, 10)
+        return torch.stack(logits, dim=1)  # (B, T, V)
+
+
+class PlainLSTM(nn.Module):
+    """Embedding, torch's LSTM of width d_ff, head."""
+
+    def __init__(self, m: dict):
+        super().__init__()
+        self.embed = nn.Embedding(m["vocab_size"], m["d_model"])
+        self.lstm = nn.LSTM(m["d_model"], m["d_ff"], batch_first=True)
+        self.head = nn.Linear(m["d_ff"], m["vocab_size"])
+
+    def forward(self, tokens):
+        """(B, T) -> logits (B, T, V)"""
+        return self.head(self.lstm(self.embed(tokens))[0])
+
+
+WRITTEN_OUT = {"loop": ContextLoop, "nn.LSTM": PlainLSTM}  # as a user's own script would have them
+
+
 def load_peer(peer: str, shape: Shape, dropout: float):
-    """(model, its loss as a function of net and batch) of this shape, with learned positions: nanoGPT's GPT
-    from its checkout, or transformers' GPT2LMHeadModel."""
+    """(model, its loss as a function of net and batch) of this shape: nanoGPT's GPT from its checkout or
+    transformers' GPT2LMHeadModel, with learned positions; or one that is written out above."""
     m = shape.model
+    if peer in WRITTEN_OUT:
+        return WRITTEN_OUT[peer](m), lambda net, x, y: F.cross_entropy(net(x).flatten(0, 1), y.flatten())
     sizes = {"vocab_size": m["vocab_size"], "n_embd": m["d_model"], "n_layer": m["n_layers"],
              "n_head": m["n_heads"]}
     if peer == "transformers":
@@ -258,12 +325,12 @@ def load_peer(peer: str, shape: Shape, dropout: float):
 
 def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: str, compile: bool) -> Runner:
     """nanoGPT's step: a batch from a freshly opened memory map, fetched while a GPU runs the forward pass;
-    its own choice of AdamW; gradients clipped at 1. transformers takes the same step with fused AdamW, the
-    default of its Trainer."""
+    its own choice of AdamW; gradients clipped at 1. The others take the same step with fused AdamW, the
+    default of transformers' Trainer."""
     device, length = distributed.pick_device(cfg.device), shape.model["max_seq_len"]
     model, loss_of = load_peer(peer, shape, cfg.dropout)
     model.to(device).train()
-    if peer == "transformers":
+    if peer == "transformers" or peer in WRITTEN_OUT:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     else:
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
@@ -291,7 +358,11 @@ def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: st
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    return Runner(training(step, shape, cfg, device), dtype=dtype)
+    flops = 0  # that of our model
+    if peer in WRITTEN_OUT:
+        matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+        flops = 6 * (matrices - model.embed.weight.numel())
+    return Runner(training(step, shape, cfg, device), dtype=dtype, flops=flops)
 
 
 def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compile: bool = False,
@@ -356,6 +427,21 @@ def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
         return [Arm("window 256, T 8192", train_ours, shape._replace(model=local)),
                 Arm("window 256, T 512", train_ours, Shape(16, local | {"max_seq_len": 512})),
                 Arm("global, T 8192", train_ours, shape)]
+    if name in ("context32", "context512", "scan1", "scan8"):
+        gated = shape._replace(model=GATED | {"max_seq_len": shape.model["max_seq_len"]})
+        plain = [("all in the loop", "loop", "fp32")]
+        plain += [("nn.LSTM", "nn.LSTM", dtype) for dtype in ("fp32", "bf16")] * (name == "context512")
+        arms = [Arm("scan", train_ours, shape)] if name.startswith("scan") else []
+        return arms + [Arm("gated", train_ours, gated)] + [
+            Arm(f"{label}: {dtype}", train_peer, gated, {"peer": peer, "dtype": dtype, "compile": False})
+            for label, peer, dtype in plain]
+    if name == "decoding":
+        lstm = NEWLLM | {"mixer": "lstm", "context_dim": 224, "n_layers": 3, "pos": "none"}  # 2.77M
+        attention = NEWLLM | {"n_layers": 4, "pos": "rope"}  # 2.62M
+        return [Arm(label, decode, Shape(1, model), options) for label, model, options in (
+            ("context", GATED, {}), ("context, by generate()", GATED, {"generate": True}), ("scan", SCAN, {}),
+            ("LSTM", lstm, {}), ("attention, window 256", attention | {"window": 256}, {}),
+            ("attention", attention, {}))]
     if name == "muon":
         return [Arm(by, train_ours, shape, {"optimizer": by}) for by in ("muon", "adamw")]
     if name == "int8":
@@ -434,6 +520,122 @@ def race(name: str, arms: list[Arm], cfg: BenchConfig, folder: str, bar: tqdm) -
         pipe.close()
         process.join()  # its memory is the next shape's
     return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Decoding at length
+
+
+@dataclass
+class Point:
+    """One model after `length` tokens, in a process of its own; of a failure there is only `error`."""
+    shape: str
+    arm: str
+    length: int
+    parameters: int = 0
+    state_bytes: int = 0  # all buffers the decoding state holds, filled or not
+    peak_gb: float = 0.0  # of the process
+    grown_gb: float = 0.0  # that peak, over what was in memory before the first token
+    ms_per_token: float = 0.0  # median
+    slope: float | None = None  # of log(state_bytes) against log(length), a fit over the arm's lengths
+    error: str = ""
+
+
+def state_bytes(state) -> int:
+    parts = [part for layer in state.layers for value in vars(layer).values()
+             for part in (value if isinstance(value, tuple) else (value,)) if torch.is_tensor(part)]
+    return sum({part.data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
+
+
+def decode(cfg: BenchConfig, arm: Arm, length: int, piece: int = 512, steps: int = 50) -> Point:
+    """Read `length` random tokens in pieces, then time so many steps of one token. Or generate() it all,
+    token by token, from a prompt of one."""
+    device = distributed.setup(cfg.device).device
+    model = LM(ModelConfig(**arm.shape.model)).to(device).eval()
+    tokens = torch.randint(model.n_tokens, (1, length), device=device)  # (1, T)
+    with torch.no_grad():
+        state = model.init_state()
+        for warm in (tokens[:, :piece], tokens[:, :1], tokens[:, :1]):
+            model.step(warm, state)
+        before = distributed.resident_memory() if device.type == "cpu" else distributed.peak_memory(device)
+        state = model.init_state()
+        if arm.options.get("generate"):
+            model.init_state = lambda: state  # to look at afterwards
+            stream = model.generate(tokens[:, :1], length + steps, temperature=0)
+            for _ in range(length):
+                next(stream)
+            times = [timed(lambda: next(stream), 1, device) for _ in range(steps)]
+        else:
+            if model.cfg.mixer == "attention":
+                # keys are kept as the state says, but here each reads 256 of them: to read 100,000 tokens in
+                # full takes minutes. A single token then sees all that is kept
+                for block in model.blocks:
+                    block.mixer.window = 256
+            for part in tokens.split(piece, dim=1):
+                model.hidden(part, state)
+            times = [timed(lambda: model.step(tokens[:, :1], state), 1, device) for _ in range(steps)]
+    peak = distributed.peak_memory(device)
+    return Point("decoding", arm.label, length, model.count_parameters()["total"], state_bytes(state), peak,
+                 peak - before, 1000 * statistics.median(times))
+
+
+def decode_all(arms: list[Arm], cfg: BenchConfig, bar: tqdm) -> list[Point]:
+    points = []
+    for arm in arms:
+        mine = []
+        for length in cfg.lengths:
+            bar.set_description_str(f"decoding, {arm.label}, {length:,}")
+            with ProcessPoolExecutor(1, SPAWN) as pool:  # a peak never goes down again
+                try:
+                    mine.append(pool.submit(decode, cfg, arm, length).result())
+                except Exception as e:  # also of a process that was killed for its memory
+                    print(f"decoding, {arm.label}, {length:,} failed: {e}", file=sys.stderr)
+                    mine.append(Point("decoding", arm.label, length, error=f"{type(e).__name__}: {e}"))
+            bar.update()
+        fit_slope(mine)
+        points += mine
+    return points
+
+
+def fit_slope(points: list[Point]) -> None:
+    good = [p for p in points if not p.error]
+    if len({p.length for p in good}) > 1:
+        slope = np.polyfit(np.log([p.length for p in good]), np.log([p.state_bytes for p in good]), 1)[0]
+        for p in good:
+            p.slope = round(float(slope), 3) + 0.0  # not -0.0
+
+
+def decoding_table(points: list[Point]) -> str:
+    row = "{:<8}  {:<24} {:>10} {:>9} {:>14} {:>9} {:>10} {:>11} {:>6}"
+    lines = [row.format("decoding", "", "parameters", "tokens", "state", "peak", "grown by", "per token",
+                        "slope")]
+    for p in points:
+        values = ("failed",) if p.error else (
+            f"{p.state_bytes:,} B", f"{1000 * p.peak_gb:.0f} MB", f"{1000 * p.grown_gb:.1f} MB",
+            f"{p.ms_per_token:.2f} ms", "n/a" if p.slope is None else f"{p.slope:.2f}")
+        lines.append(row.format(p.shape, p.arm, f"{p.parameters:,}", f"{p.length:,}", *values,
+                                *[""] * (5 - len(values))).rstrip())
+    return "\n".join(lines)
+
+
+def draw_decoding(points: list[Point], path: str) -> None:
+    """Memory (state, and dashed the growth of the whole process) and ms per token against length."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (memory, speed) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for i, arm in enumerate(dict.fromkeys(p.arm for p in points)):
+        mine = [p for p in points if p.arm == arm and not p.error]
+        lengths, style = [p.length for p in mine], {"color": f"C{i}", "marker": "o", "markersize": 4}
+        memory.plot(lengths, [p.state_bytes / 1e6 for p in mine], label=arm, **style)
+        memory.plot(lengths, [max(0.1, 1000 * p.grown_gb) for p in mine], linestyle="--", **style)
+        speed.plot(lengths, [p.ms_per_token for p in mine], label=arm, **style)
+    for axes, label in ((memory, "MB: state; dashed: growth of the process"), (speed, "ms per token")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
+        axes.grid(alpha=0.3)
+    speed.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -518,10 +720,18 @@ def main(cfg: BenchConfig) -> dict:
     talk(f"{machine['name']}, torch {machine['torch']}; matrix products {rates}; "
          f"copy {machine['limits']['copy']:.1f} GB/s\n{aligned(HEAD)}")
     races = {name: arms_of(name, cfg, machine) for name in cfg.shapes.split(",")}
-    turns, rows = (cfg.rounds + 1) * sum(len(arms) for arms in races.values()), []
+    rows, turns = [], sum(len(arms) * (len(cfg.lengths) if name == "decoding" else cfg.rounds + 1)
+                          for name, arms in races.items())
     bar = tqdm(total=turns, unit="turn", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
     with tempfile.TemporaryDirectory() as root, bar:
         for name, arms in races.items():
+            if name == "decoding":
+                points = decode_all(arms, cfg, bar)
+                talk(decoding_table(points))
+                if cfg.plot:
+                    draw_decoding(points, cfg.plot)
+                rows += points
+                continue
             vocab_size = arms[0].shape.model["vocab_size"]
             folder = write_data(os.path.join(root, str(vocab_size)), vocab_size)
             found = race(name, arms, cfg, folder, bar)

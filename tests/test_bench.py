@@ -9,6 +9,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import bench
 from bench import BenchConfig, Row
@@ -124,6 +125,123 @@ def test_nothing_is_invented():
     assert bench.cells(seconds)[2:] == ("2.50 s", "n/a", "n/a", "", "")
 
 
+def test_written_out_models_are_those_they_are_raced_against():
+    def size(model):
+        return sum(p.numel() for p in model.parameters())
+
+    shape = bench.shape_of("context32")
+    assert (shape.batch, bench.shape_of("context512").batch) == (32, 512)
+    for name in ("context32", "decoding"):
+        ours = bench.LM(bench.ModelConfig(**bench.shape_of(name).model))
+        assert ours.count_parameters()["total"] == size(bench.load_peer("loop", shape, 0.0)[0]) == 2_739_432
+    assert size(bench.load_peer("nn.LSTM", shape, 0.0)[0]) == 2_345_960
+
+    shape = bench.Shape(3, shape.model | {"vocab_size": 300, "d_model": 8, "d_ff": 12, "context_dim": 5})
+    ours, tokens = bench.LM(bench.ModelConfig(**shape.model)), torch.randint(300, (2, 3, 11))
+    plain, loss_of = bench.load_peer("loop", shape, 0.0)
+    trunk = ours.blocks[0]
+    theirs = [ours.embed, *trunk.layers, trunk.gates, trunk.context_norm, ours.head]
+    with torch.no_grad():
+        plain.norm.weight.mul_(6)  # so that some contexts reach the clamp
+        gates = [torch.cat([getattr(gate, kind) for gate in (plain.forget, plain.input, plain.update)])
+                 for kind in ("weight", "bias")]
+        own = [plain.embed.weight, *(p for layer in plain.layers for p in layer.parameters()), *gates,
+               *plain.norm.parameters(), *plain.head.parameters()]
+        for p, q in zip((p for module in theirs for p in module.parameters()), own, strict=True):
+            p.copy_(q)
+    assert torch.allclose(plain(tokens[0]), ours(tokens[0])[0], atol=1e-5)
+    loss = loss_of(plain, *tokens)
+    assert torch.allclose(loss, F.cross_entropy(ours(tokens[0])[0].transpose(1, 2), tokens[1]))
+    assert torch.allclose(loss, ours(*tokens)[0])
+
+
+def test_arms_without_attention_take_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "shape_of", lambda name: bench.Shape(2, (
+        bench.SCAN if name == "scan1" else bench.GATED) | {"max_seq_len": 6}))
+    cfg, runners = BenchConfig(device="cpu", dtype="fp32", compile="false", steps=1), {}
+    folder = bench.write_data(str(tmp_path), 1000)
+    for name in ("context512", "scan1"):
+        for arm in bench.arms_of(name, cfg, {}):
+            runners[name, arm.label] = arm.make(cfg, arm.shape, folder, **arm.options)
+    assert [label for name, label in runners if name == "context512"] == [
+        "gated", "all in the loop: fp32", "nn.LSTM: fp32", "nn.LSTM: bf16"]
+    assert [label for name, label in runners if name == "scan1"] == ["scan", "gated", "all in the loop: fp32"]
+    assert all(runner.measure() > 0 for runner in runners.values())
+    flops = {label: runner.flops for (_, label), runner in runners.items()}
+    assert flops["gated"] == flops["all in the loop: fp32"] != flops["nn.LSTM: fp32"]
+    assert flops["nn.LSTM: fp32"] == 6 * (4 * 512 * (256 + 512) + 512 * 1000)
+    sizes = [bench.LM(bench.ModelConfig(**bench.SCAN | {"n_layers": n})).count_parameters()["total"]
+             for n in (4, 5, 6)]
+    assert min(sizes, key=lambda n: abs(n - 2_739_432)) == sizes[1]
+
+
+def test_decoding_counts_what_each_state_keeps():
+    arms = {arm.label: arm for arm in bench.arms_of("decoding", BenchConfig(), {})}
+    sizes = {label: bench.LM(bench.ModelConfig(**arm.shape.model)).count_parameters()["total"]
+             for label, arm in arms.items()}
+    assert all(0.95 < n / 2_739_432 < 1.05 for n in sizes.values())
+    context, token = 256 * 4, 4 * 2 * 256 * 4  # bytes of a context vector, of a token's keys and values
+
+    def held(label, length):
+        point = bench.decode(BenchConfig(device="cpu"), arms[label], length, piece=16, steps=2)
+        assert point.ms_per_token > 0 < point.peak_gb and point.parameters == sizes[label]
+        return point.state_bytes
+
+    kept = {label: [held(label, length) for length in (70, 300)] for label in arms}
+    assert kept["context"] == kept["context, by generate()"] == [context] * 2
+    assert kept["scan"] == [5 * context] * 2 and kept["LSTM"] == [3 * 2 * 224 * 4] * 2
+    for (short, long), most in ((kept["attention"], math.inf), (kept["attention, window 256"], 1024 * token)):
+        assert 72 * token <= short <= 2 * 72 * token + 32 * token and 257 * token <= long <= most
+    assert kept["attention"][1] >= 302 * token
+
+
+def test_attention_reads_in_windows_but_a_token_then_sees_all():
+    """What decode() relies on: the caches hold every key, and one query meets them all."""
+    model = bench.LM(bench.ModelConfig(**bench.NEWLLM | {"n_layers": 1, "pos": "rope"})).eval()
+    tokens = torch.randint(1000, (1, 400))
+    with torch.no_grad():  # with one layer keys do not depend on what was seen
+        state = model.init_state()
+        model.blocks[0].mixer.window = 256
+        model.hidden(tokens[:, :399], state)
+        logits = model.step(tokens[:, 399:], state)
+        model.blocks[0].mixer.window = 0
+        assert torch.allclose(logits, model(tokens)[0][:, -1], atol=1e-5)
+
+
+def test_decoding_from_end_to_end_with_an_arm_that_fails(tmp_path, monkeypatch, capsys):
+    context, learned = bench.GATED | {"d_model": 16}, {"vocab_size": 100, "max_seq_len": 16, "n_heads": 2}
+    monkeypatch.setattr(bench, "arms_of", lambda *_: [
+        bench.Arm(name, bench.decode, bench.Shape(1, model))
+        for name, model in (("context", context), ("learned", learned))])
+    out = tmp_path / "bench.json"
+    result = bench.main(BenchConfig(shapes="decoding", lengths=(30,), plot=str(tmp_path / "d.png"),
+                                    json=str(out), device="cpu"))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(result)) and (tmp_path / "d.png").exists()
+    good, bad = result["rows"]
+    assert good["state_bytes"] == 1024 and good["peak_gb"] > good["grown_gb"] and not good["error"]
+    assert "learned positions end at max_seq_len=16" in bad["error"]
+    printed, errors = capsys.readouterr()
+    assert "learned, 30 failed" in errors and printed.splitlines()[-1].endswith("failed")
+
+
+def test_slopes_table_and_plot(tmp_path):
+    def point(arm, length, size, **options):
+        return bench.Point("decoding", arm, length, 10, size, 0.3, 0.001, 0.5, **options)
+
+    flat, cache = ([point(arm, n, size(n)) for n in (10, 100, 1000)]
+                   for arm, size in (("flat", lambda n: 64), ("cache", lambda n: 8 * n)))
+    failed = [point("flat", 10, 64), bench.Point("decoding", "flat", 100, error="boom")]
+    for points in (flat, cache, failed):
+        bench.fit_slope(points)
+    assert flat[0].slope == pytest.approx(0, abs=1e-9) and cache[2].slope == pytest.approx(1)
+    assert failed[0].slope is failed[1].slope is None
+    lines = bench.decoding_table(flat + failed).splitlines()
+    assert lines[1].split() == ["decoding", "flat", "10", "10", "64", "B", "300", "MB", "1.0", "MB", "0.50",
+                                "ms", "0.00"] and lines[4].endswith("n/a") and lines[5].endswith("failed")
+    bench.draw_decoding(flat + cache + failed, str(tmp_path / "d.png"))
+    assert (tmp_path / "d.png").stat().st_size > 10_000
+
+
 def test_warm_up_goes_on_until_steps_are_steady(monkeypatch):
     def steps(*seconds):
         times = iter(seconds)
@@ -199,6 +317,9 @@ def test_refusals_say_what_to_type(tmp_path, monkeypatch):
         bench.main(BenchConfig(peer=("transformers",)))
     with pytest.raises(ConfigError, match="no shape 'exp8'; there are exp1, exp2") as error:
         BenchConfig(shapes="exp8,tiny", rounds=0, dropout=1.0)
+    with pytest.raises(ConfigError, match="plot draws the shape decoding") as other:
+        BenchConfig(plot="d.png", lengths=(0,))
+    assert "lengths must be 1 or more" in str(other.value)
     assert "rounds must be at least 1" in str(error.value) and "dropout must be in" in str(error.value)
 
 
