@@ -170,9 +170,6 @@ def test_arms_without_attention_take_a_step(tmp_path, monkeypatch):
     flops = {label: runner.flops for (_, label), runner in runners.items()}
     assert flops["gated"] == flops["all in the loop: fp32"] != flops["nn.LSTM: fp32"]
     assert flops["nn.LSTM: fp32"] == 6 * (4 * 512 * (256 + 512) + 512 * 1000)
-    sizes = [bench.LM(bench.ModelConfig(**bench.SCAN | {"n_layers": n})).count_parameters()["total"]
-             for n in (4, 5, 6)]
-    assert min(sizes, key=lambda n: abs(n - 2_739_432)) == sizes[1]
 
 
 def test_decoding_counts_what_each_state_keeps():
@@ -189,7 +186,7 @@ def test_decoding_counts_what_each_state_keeps():
 
     kept = {label: [held(label, length) for length in (70, 300)] for label in arms}
     assert kept["context"] == kept["context, by generate()"] == [context] * 2
-    assert kept["scan"] == [5 * context] * 2 and kept["LSTM"] == [3 * 2 * 224 * 4] * 2
+    assert kept["scan"] == [4 * context] * 2 and kept["LSTM"] == [3 * 2 * 224 * 4] * 2
     for (short, long), most in ((kept["attention"], math.inf), (kept["attention, window 256"], 1024 * token)):
         assert 72 * token <= short <= 2 * 72 * token + 32 * token and 257 * token <= long <= most
     assert kept["attention"][1] >= 302 * token
