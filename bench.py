@@ -547,7 +547,7 @@ def state_bytes(state) -> int:
     return sum({part.data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
 
 
-def decode(cfg: BenchConfig, arm: Arm, length: int, piece: int = 512, steps: int = 50) -> Point:
+def decode(cfg: BenchConfig, arm: Arm, length: int, piece: int = 512, steps: int = 200) -> Point:
     """Read `length` random tokens in pieces, then time so many steps of one token. Or generate() it all,
     token by token, from a prompt of one."""
     device = distributed.setup(cfg.device).device
