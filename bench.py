@@ -16,7 +16,7 @@ Shapes
     muon          config/tinier.py, 16 x 512 tokens a step, by Muon and by AdamW alone
     context32     the gated context vector (2.74M, d_model 256, 6 layers of 512, vocabulary 1,000), 32 x 64
                   tokens a step, against the same model with everything inside a loop over positions
-    context512    the same at 512 x 64, and torch.nn.LSTM of width 512 (2.09M)
+    context512    the same at 512 x 64, and torch.nn.LSTM of width 512 (2.35M)
     scan1, scan8  its scan variant at 1 x 1,024 and 8 x 1,024, of about that size; the gated one, both ways
     decoding      bytes of the state, peak memory and ms per token after 1K, 10K and 100K tokens: context,
                   scan, LSTM, attention with a window and without, about 2.7M parameters each, in fp32
@@ -619,7 +619,7 @@ def decoding_table(points: list[Point]) -> str:
 
 
 def draw_decoding(points: list[Point], path: str) -> None:
-    """Memory (state, and dashed the growth of the whole process) and ms per token against length."""
+    """Memory (the state's, and dashed the whole process's peak) and ms per token against length."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -628,9 +628,9 @@ def draw_decoding(points: list[Point], path: str) -> None:
         mine = [p for p in points if p.arm == arm and not p.error]
         lengths, style = [p.length for p in mine], {"color": f"C{i}", "marker": "o", "markersize": 4}
         memory.plot(lengths, [p.state_bytes / 1e6 for p in mine], label=arm, **style)
-        memory.plot(lengths, [max(0.1, 1000 * p.grown_gb) for p in mine], linestyle="--", **style)
+        memory.plot(lengths, [1000 * p.peak_gb for p in mine], linestyle="--", **style)
         speed.plot(lengths, [p.ms_per_token for p in mine], label=arm, **style)
-    for axes, label in ((memory, "MB: state; dashed: growth of the process"), (speed, "ms per token")):
+    for axes, label in ((memory, "MB: state; dashed: peak of the process"), (speed, "ms per token")):
         axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
         axes.grid(alpha=0.3)
     speed.legend(fontsize=8)
