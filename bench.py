@@ -23,30 +23,28 @@ Shapes
     generate      one sequence of 512 new tokens, exp6's model, weights in --dtype for everyone
     int8          the same in INT8 and in fp32; both with the decoding step compiled by --compile
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
-    overhead      share of exp3's step that is not forward, backward, clipping or optimiser
-    tiny          a model of nothing, to see that all this works
+    overhead      share of exp3's step that is not forward and loss, backward, clipping and optimiser
+    tiny          a smoke test
 
 Method: what is compared takes turns. Each arm is a process of its own, which warms up and then waits; in
 every round each runs alone for some steps, and the order reverses from round to round, so that drift hits
 all alike. Ratios are taken within a round and printed as min-median-max over the rounds. Peak memory is the
-whole process's (on CUDA, what torch allocated). Ours is timed through train.take_step, the function that
-trains. Tokens are random. FLOPs are those of model.flops_per_token, set against the fastest large matrix
-product measured in the same precision.
+whole process's (on CUDA, what torch allocated). Ours is timed through common/step.py, which trains. Tokens
+are random. FLOPs are those of model.flops_per_token, set against the fastest large matmul measured in the
+same precision.
 """
 import importlib.util
 import json
-import math
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -55,56 +53,58 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import train
 from common import data, distributed
-from common.config import Config, UserError, load, run
-from common.runlog import git_commit, say
+from common.config import UserError, launch, load
+from common.console import say
+from common.files import write_json
+from common.int8 import to_int8
+from common.race import HEAD, SPAWN, Arm, Runner, aligned, cells, compare, race, timed, warm_up
+from common.run import MachineConfig, append_to_ledger, git_commit, ledger_row
+from common.step import backward, choose_compile, next_token_loss, update, wrap
+from common.tables import new_figure, save_figure
 from common.tokenizer import rank_bpe
-from model import LM, ModelConfig, to_int8
+from model import LM, ModelConfig
+from muon import make_optimizer, set_learning_rates
 from train import TrainConfig
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SPAWN = multiprocessing.get_context("spawn")  # a forked process would start with this one's peak memory
-SHAPES = (*(f"exp{n}" for n in range(1, 8)), "d256", "local", "muon", "context32", "context512", "scan1",
-          "scan8", "decoding", "generate", "int8", "startup", "overhead", "tiny")
-NEWLLM = {"vocab_size": 1000, "max_seq_len": 64, "d_model": 256, "d_ff": 512, "tie_embeddings": False}
-GATED = NEWLLM | {"mixer": "context", "context_dim": 256, "n_layers": 6, "activation": "relu", "pos": "none"}
-SCAN = NEWLLM | {"mixer": "context", "context_update": "scan", "n_layers": 4, "d_ff": 568, "pos": "none"}
+EIGHT = {"d_model": 256, "n_heads": 8, "vocab_size": 8192}
+SHAPES = {  # name: sequences per step, the config file, options on top of it
+    **{f"exp{n}": (8 if n < 6 else 4, f"exp{n}", {}) for n in range(1, 8)},
+    "d256": (16, "", EIGHT | {"max_seq_len": 256, "n_layers": 8}),
+    "local": (1, "", EIGHT | {"max_seq_len": 8192, "n_layers": 4, "pos": "rope"}),
+    "muon": (16, "tinier", {}), "context32": (32, "newllm_baseline", {}),
+    "context512": (512, "newllm_baseline", {}), "scan1": (1, "newllm_scan", {"max_seq_len": 1024}),
+    "scan8": (8, "newllm_scan", {"max_seq_len": 1024}), "decoding": (1, "newllm_baseline", {}),
+    "generate": (1, "exp6", {}), "int8": (1, "exp6", {}), "startup": (8, "demo", {}),
+    "overhead": (8, "exp3", {}), "tiny": (2, "", {"max_seq_len": 32, "d_model": 32, "n_layers": 2,
+                                                  "n_heads": 2, "vocab_size": 512})}
+USUAL = ("exp1", "exp3", "exp6", "d256", "generate", "startup", "overhead")
 
 
 @dataclass
-class BenchConfig(Config):
+class BenchConfig(MachineConfig):
     # what
-    shapes: str = ""  # separated by commas; "" = exp1,exp3,exp6,d256,generate,startup,overhead
+    shapes: tuple[Literal[tuple(SHAPES)], ...] = USUAL  # of those above
     peer: tuple[str, ...] = ()  # a nanoGPT checkout's folder, or transformers; may be repeated
     json: str = ""  # also write the results to this file; - = print them in place of the table
+    out_dir: str = "out"  # holds ledger.jsonl
     # how
     rounds: int = 5  # alternations of the arms
     steps: int = 0  # training steps of an arm in a round; 0 = about a second of them
     lengths: tuple[int, ...] = (1_000, 10_000, 100_000)  # decoding: tokens read before the measured ones
     plot: str = ""  # decoding: draw memory and time against length into this file
     dropout: float = 0.0  # everyone's
-    # machine (ours; peers run in fp32 as shipped, and at their best)
-    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps; everyone's
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products; generate: of everyone's weights
-    compile: Literal["auto", "true", "false"] = "auto"  # as in train.py
 
     def problems(self) -> list[str]:
-        out = [f"no shape '{name}'; there are {', '.join(SHAPES)}"
-               for name in self.shapes.split(",") if self.shapes and name not in SHAPES]
-        out += [f"{key} must be at least {least}, got {getattr(self, key)}"
-                for key, least in (("rounds", 1), ("steps", 0)) if getattr(self, key) < least]
-        if min(self.lengths, default=0) < 1:
-            out.append(f"lengths must be 1 or more, got {self.lengths}")
-        if self.plot and "decoding" not in self.shapes.split(","):
+        out = super().problems() + self.at_least(1, "rounds", "lengths") + self.at_least(0, "steps")
+        out += [] if self.lengths else ["lengths needs at least one number"]
+        if self.plot and "decoding" not in self.shapes:
             out.append("plot draws the shape decoding; add --shapes=decoding")
         return out + ([] if 0 <= self.dropout < 1 else [f"dropout must be in [0, 1), got {self.dropout}"])
-
-    def derive(self) -> None:
-        self.shapes = self.shapes or "exp1,exp3,exp6,d256,generate,startup,overhead"
 
 
 class Shape(NamedTuple):
@@ -112,23 +112,15 @@ class Shape(NamedTuple):
     model: dict  # options of ModelConfig
 
 
-def shape_of(name: str) -> Shape:
-    if name in ("tiny", "d256", "local"):
-        batch, length, d_model, n_layers, n_heads, vocab_size = {
-            "tiny": (2, 32, 32, 2, 2, 512), "d256": (16, 256, 256, 8, 8, 8192),
-            "local": (1, 8192, 256, 4, 8, 8192)}[name]
-        return Shape(batch, {"max_seq_len": length, "d_model": d_model, "n_layers": n_layers,
-                             "n_heads": n_heads, "vocab_size": vocab_size,
-                             "pos": "rope" if name == "local" else "learned"})
-    if name in ("context32", "context512", "decoding"):
-        return Shape({"context32": 32, "context512": 512}.get(name, 1), GATED)
-    if name in ("scan1", "scan8"):
-        return Shape(int(name[4:]), SCAN | {"max_seq_len": 1024})
-    rungs = {"generate": "exp6", "int8": "exp6", "overhead": "exp3", "startup": "demo", "muon": "tinier"}
-    ours = load(TrainConfig, [os.path.join(HERE, "config", f"{rungs.get(name, name)}.py")])
+def shape_of(name: str, config: str = "", **changes) -> Shape:
+    """The shape of that name, or with the model of another config file; `changes` are options of the
+    model."""
+    batch, file, options = SHAPES[name]
+    file = config or file
+    ours = load(TrainConfig, [os.path.join(HERE, "config", f"{file}.py")] if file else [])
     model = {f.name: getattr(ours, f.name) for f in fields(ModelConfig)}
-    return Shape({"generate": 1, "int8": 1, "exp6": 4, "exp7": 4, "muon": 16}.get(name, 8),
-                 model | {"flash": True, "vocab_size": ours.vocab_size or 8192})
+    model |= {"flash": True, "vocab_size": ours.vocab_size or 8192, "dropout": 0.0}
+    return Shape(batch, model | options | changes)
 
 
 def write_data(folder: str, vocab_size: int) -> str:
@@ -142,43 +134,13 @@ def write_data(folder: str, vocab_size: int) -> str:
     for split, n in (("train", 2**20), ("val", 2**14)):
         rng.integers(vocab_size, size=n, dtype=np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
         splits[split] = {"tokens": n, "bytes": n, "words": n, "sha256": "random"}
-    with open(os.path.join(folder, "meta.json"), "w") as f:
-        json.dump({"dtype": "uint16", "splits": splits, "tokenizer": {
-            "name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size}}, f)
+    write_json(os.path.join(folder, "meta.json"), {"dtype": "uint16", "splits": splits, "tokenizer": {
+        "name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size}})
     return folder
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What an arm runs, in a process of its own
-
-
-class Runner(NamedTuple):
-    measure: Callable[[], float]  # one round, in `unit`
-    unit: str = "tok/s"
-    note: str = ""  # how it came to run
-    dtype: str = ""  # whose matrix product rate is the limit
-    flops: float = 0.0  # per token
-
-
-def timed(work: Callable, times: int, device) -> float:
-    """Seconds that so many calls take, with what they started on an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
-
-
-def warm_up(step: Callable, device, steps: int) -> int:
-    """Runs at least three steps, until one is not much slower than the fastest so far; returns how many make
-    a round."""
-    times = []
-    while len(times) < 3 or times[-1] > 1.2 * min(times) and len(times) < 8:
-        times.append(timed(step, 1, device))
-    return steps or max(1, round(1 / min(times)))
 
 
 def training(step: Callable, shape: Shape, cfg: BenchConfig, device) -> Callable[[], float]:
@@ -187,50 +149,81 @@ def training(step: Callable, shape: Shape, cfg: BenchConfig, device) -> Callable
     return lambda: tokens / timed(step, steps, device)
 
 
-def load_ours(cfg: BenchConfig, shape: Shape, folder: str, optimizer: str = "adamw"):
-    options = shape.model | {"dropout": cfg.dropout, "batch_size": shape.batch, "data": folder,
-                             "micro_batch_size": shape.batch, "device": cfg.device, "dtype": cfg.dtype,
-                             "compile": cfg.compile, "optimizer": optimizer}
-    job = train.load_job(TrainConfig(**options, epochs=0, max_steps=10**6), distributed.setup(cfg.device))
-    return job, train.wrap(job)
+class Clock:
+    """Adds up the seconds spent in the pieces it was given."""
 
+    def __init__(self, device):
+        self.device, self.seen = device, 0.0
 
-def describe(job) -> str:
-    dynamo = sys.modules.get("torch._dynamo.utils")  # however the compiling is done, it counts its graphs
-    return job.dtype + (", compiled" if dynamo and dynamo.counters["stats"]["unique_graphs"] else "")
-
-
-def train_ours(cfg: BenchConfig, shape: Shape, folder: str, optimizer: str = "adamw") -> Runner:
-    job, net = load_ours(cfg, shape, folder, optimizer)
-    measure = training(lambda: train.take_step(job, net), shape, cfg, job.dist.device)
-    return Runner(measure, note=describe(job), dtype=job.dtype, flops=job.flops_per_token)
-
-
-def overhead(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
-    """The step as it is, with a clock around each of its four pieces; what no clock saw is overhead. On an
-    accelerator each piece is waited for, so what would have run meanwhile counts as well."""
-    job, net = load_ours(cfg, shape, folder)
-    device, seen = job.dist.device, [0.0]
-
-    def clocked(piece):
+    def __call__(self, piece: Callable) -> Callable:
         def call(*args, **kwargs):
             result = []
-            seen[0] += timed(lambda: result.append(piece(*args, **kwargs)), 1, device)
+            self.seen += timed(lambda: result.append(piece(*args, **kwargs)), 1, self.device)
             return result[0]
         return call
 
-    net = clocked(net)
-    torch.Tensor.backward = clocked(torch.Tensor.backward)
-    torch.nn.utils.clip_grad_norm_ = clocked(torch.nn.utils.clip_grad_norm_)
-    job.optimizer.step = clocked(job.optimizer.step)
-    steps = warm_up(lambda: train.take_step(job, net), device, cfg.steps)
+
+class Ours:
+    """Training as train.py's loop does it: call it for one step. With a clock, each of a step's pieces is
+    timed: forward and loss, backward, clipping and optimiser."""
+
+    def __init__(self, cfg: BenchConfig, shape: Shape, folder: str, optimizer: str, clocked: bool = False):
+        dist = distributed.setup(cfg.device)
+        options = shape.model | {"dropout": cfg.dropout, "batch_size": shape.batch, "optimizer": optimizer}
+        self.cfg = TrainConfig(**options, epochs=0, max_steps=10**6)
+        self.dtype, self.dist, self.n = distributed.choose_dtype(cfg.dtype, dist.device)[0], dist, 0
+        if dist.device.type == "cpu":
+            distributed.keep_freed_memory()
+        self.model = LM(self.cfg).to(dist.device)
+        self.flops = self.model.flops_per_token(self.cfg.max_seq_len)
+        self.net = wrap(self.model, choose_compile(cfg.compile, self.flops * 1e12, dist.device)[0], dist)
+        self.optimizer = make_optimizer(self.model, self.cfg)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == "fp16")
+        self.windows = data.Windows(data.open_text(folder).train, self.cfg.max_seq_len, seed=1)
+        self.loss_of, self.update, self.given_scaler = next_token_loss, update, self.scaler
+        self.clock = Clock(dist.device)
+        if clocked:
+            self.loss_of, self.update = self.clock(next_token_loss), self.clock(update)
+            scale = self.scaler.scale  # what backward() asks of a scaler
+            self.given_scaler = SimpleNamespace(scale=lambda loss: SimpleNamespace(
+                backward=self.clock(scale(loss).backward)))
+        self.batches = self.fetch()
+
+    def fetch(self) -> list:
+        return [self.windows.batch(self.n * self.cfg.batch_size, self.cfg.batch_size, self.dist.device)]
+
+    def __call__(self) -> None:
+        set_learning_rates(self.optimizer, self.cfg, self.n, self.cfg.max_steps)
+        seeds = [self.n] if self.cfg.dropout else None
+        loss = backward(self.net, self.batches, self.dist, self.dtype, self.given_scaler, seeds=seeds,
+                        loss_of=self.loss_of)
+        self.n += 1
+        self.batches = self.fetch()
+        self.update(self.model, self.optimizer, self.scaler, self.cfg.grad_clip, loss)
+
+    def note(self) -> str:
+        dynamo = sys.modules.get("torch._dynamo.utils")  # however the compiling is done, it counts its graphs
+        return self.dtype + (", compiled" if dynamo and dynamo.counters["stats"]["unique_graphs"] else "")
+
+
+def train_ours(cfg: BenchConfig, shape: Shape, folder: str, optimizer: str = "adamw") -> Runner:
+    step = Ours(cfg, shape, folder, optimizer)
+    measure = training(step, shape, cfg, step.dist.device)
+    return Runner(measure, note=step.note(), dtype=step.dtype, flops=step.flops)
+
+
+def overhead(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
+    """What no clock around a step's pieces saw. On an accelerator each piece is waited for, so what would
+    have run meanwhile counts as well."""
+    step = Ours(cfg, shape, folder, "adamw", clocked=True)
+    steps = warm_up(step, step.dist.device, cfg.steps)
 
     def measure() -> float:
-        seen[0] = 0.0
-        whole = timed(lambda: train.take_step(job, net), steps, device)
-        return 100 * (1 - seen[0] / whole)
+        step.clock.seen = 0.0
+        whole = timed(step, steps, step.dist.device)
+        return 100 * (1 - step.clock.seen / whole)
 
-    return Runner(measure, unit="% of a step", note=describe(job))
+    return Runner(measure, unit="% of a step", note=step.note())
 
 
 def start_up(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
@@ -372,9 +365,8 @@ def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compil
     device = distributed.pick_device(cfg.device) if peer else distributed.setup(cfg.device).device
     length = shape.model["max_seq_len"]
     name = dtype or distributed.choose_dtype(cfg.dtype, device)[0]
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32}
     model = load_peer(peer, shape, 0.0)[0] if peer else LM(ModelConfig(**shape.model))
-    model.to(device, kinds[name]).eval()
+    model.to(device, distributed.DTYPES["fp32" if name == "int8" else name]).eval()
     if name == "int8":
         to_int8(model)
     prompt = torch.ones(1, 1, dtype=torch.long, device=device)  # (1, 1)
@@ -394,54 +386,36 @@ def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compil
 # Arms: who runs, and the race
 
 
-class Arm(NamedTuple):
-    label: str
-    make: Callable[..., Runner]
-    shape: Shape
-    options: dict = {}
-
-
-@dataclass
-class Row:
-    """One line of the table. What was not measured stays None."""
-    shape: str
-    arm: str
-    unit: str = ""
-    dtype: str = ""
-    flops_per_token: float = 0.0  # 0 = not counted
-    values: list[float] = field(default_factory=list)  # one per round, in `unit`
-    peak_gb: float | None = None
-    of_limit: float | None = None  # share of the matrix product rate in this dtype
-    speed_ratio: tuple[float, ...] | None = None  # tokens/s of the shape's first arm over this one's
-    memory_ratio: float | None = None  # peak memory of the shape's first arm over this one's
-    error: str = ""
-
-
 def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
     """Who takes turns on a shape; the first is the one whose ratios are printed."""
     shape = shape_of(name)
     if name in ("startup", "overhead"):
         return [Arm("nanoMem", start_up if name == "startup" else overhead, shape)]
     if name == "local":
-        local = shape.model | {"window": 256}
-        return [Arm("window 256, T 8192", train_ours, shape._replace(model=local)),
-                Arm("window 256, T 512", train_ours, Shape(16, local | {"max_seq_len": 512})),
+        short = Shape(16, shape.model | {"window": 256, "max_seq_len": 512})
+        return [Arm("window 256, T 8192", train_ours, shape_of(name, window=256)),
+                Arm("window 256, T 512", train_ours, short),
                 Arm("global, T 8192", train_ours, shape)]
     if name in ("context32", "context512", "scan1", "scan8"):
-        gated = shape._replace(model=GATED | {"max_seq_len": shape.model["max_seq_len"]})
+        gated = shape_of(name, config="newllm_baseline")
         plain = [("all in the loop", "loop", "fp32")]
-        plain += [("nn.LSTM", "nn.LSTM", dtype) for dtype in ("fp32", "bf16")] * (name == "context512")
+        if name == "context512":
+            plain += [("nn.LSTM", "nn.LSTM", dtype) for dtype in dict.fromkeys(("fp32", machine["dtype"]))]
         arms = [Arm("scan", train_ours, shape)] if name.startswith("scan") else []
         return arms + [Arm("gated", train_ours, gated)] + [
             Arm(f"{label}: {dtype}", train_peer, gated, {"peer": peer, "dtype": dtype, "compile": False})
             for label, peer, dtype in plain]
     if name == "decoding":
-        lstm = NEWLLM | {"mixer": "lstm", "context_dim": 224, "n_layers": 3, "pos": "none"}  # 2.77M
-        attention = NEWLLM | {"n_layers": 4, "pos": "rope"}  # 2.62M
-        return [Arm(label, decode, Shape(1, model), options) for label, model, options in (
-            ("context", GATED, {}), ("context, by generate()", GATED, {"generate": True}), ("scan", SCAN, {}),
-            ("LSTM", lstm, {}), ("attention, window 256", attention | {"window": 256}, {}),
-            ("attention", attention, {}))]
+        def like(config, **changes):
+            return shape_of(name, config=config, **changes)
+
+        lstm = {"context_dim": 224, "n_layers": 3, "d_ff": 512}  # 2.77M parameters, the next two 2.62M
+        attention = {"d_ff": 512}
+        return [Arm(label, decode, shape, options) for label, shape, options in (
+            ("context", shape, {}), ("context, by generate()", shape, {"generate": True}),
+            ("scan", like("newllm_scan"), {}), ("LSTM", like("newllm_lstm", **lstm), {}),
+            ("attention, window 256", like("newllm_transformer", **attention, window=256), {}),
+            ("attention", like("newllm_transformer", **attention), {}))]
     if name == "muon":
         return [Arm(by, train_ours, shape, {"optimizer": by}) for by in ("muon", "adamw")]
     if name == "int8":
@@ -463,63 +437,6 @@ def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
                             {"peer": peer, "dtype": "fp32", "compile": False}))
         arms.append(Arm(f"{title} compiled: {machine['dtype']}", train_peer, shape, best))
     return arms
-
-
-def child(pipe, cfg: BenchConfig, arm: Arm, folder: str) -> None:
-    """An arm's process: at the first message make its Runner and say what it is, at each further one run a
-    round. It ends with the pipe, so when the parent does, however that ends. Errors are sent as text."""
-    sys.stdout = open(os.devnull, "w")  # the table is the parent's
-    try:
-        pipe.recv()
-        runner = arm.make(cfg, arm.shape, folder, **arm.options)
-        pipe.send(runner._replace(measure=None))
-        while True:
-            pipe.recv()
-            pipe.send((runner.measure(), distributed.peak_memory(distributed.pick_device(cfg.device))))
-    except (EOFError, KeyboardInterrupt):
-        pass
-    except Exception:
-        pipe.send(traceback.format_exc())
-
-
-def race(name: str, arms: list[Arm], cfg: BenchConfig, folder: str, bar: tqdm) -> list[Row]:
-    rows, pipes, processes = [Row(name, arm.label) for arm in arms], [], []
-    for arm in arms:  # all import torch at once; nothing is timed yet
-        pipe, theirs = SPAWN.Pipe()
-        pipes.append(pipe)
-        processes.append(SPAWN.Process(target=child, args=(theirs, cfg, arm, folder), daemon=True))
-        processes[-1].start()
-        theirs.close()  # else its death would not end the pipe
-
-    def ask(row: Row, pipe):
-        bar.set_description_str(f"{name}, {row.arm}")
-        bar.update()
-        if row.error:
-            return None
-        try:
-            pipe.send(None)
-            answer = pipe.recv()
-        except (EOFError, OSError):
-            answer = "its process died; out of memory?"
-        if isinstance(answer, str):
-            print(f"{name}, {row.arm} failed: {answer}", file=sys.stderr)
-            row.error = answer.strip().splitlines()[-1]
-            return None
-        return answer
-
-    for row, pipe in zip(rows, pipes, strict=True):
-        if made := ask(row, pipe):
-            row.arm += f": {made.note}" if made.note else ""
-            row.unit, row.dtype, row.flops_per_token = made.unit, made.dtype, made.flops
-    for i in range(cfg.rounds):
-        for row, pipe in list(zip(rows, pipes, strict=True))[::-1 if i % 2 else 1]:
-            if measured := ask(row, pipe):
-                row.values.append(measured[0])
-                row.peak_gb = measured[1] if row.unit == "tok/s" else None
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.close()
-        process.join()  # its memory is the next shape's
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -569,7 +486,7 @@ def decode(cfg: BenchConfig, arm: Arm, length: int, piece: int = 512, steps: int
             if model.cfg.mixer == "attention":
                 # keys are kept as the state says, but here each reads 256 of them: to read 100,000 tokens in
                 # full takes minutes. A single token then sees all that is kept
-                for block in model.blocks:
+                for block in model.trunk:
                     block.mixer.window = 256
             for part in tokens.split(piece, dim=1):
                 model.hidden(part, state)
@@ -620,10 +537,8 @@ def decoding_table(points: list[Point]) -> str:
 
 def draw_decoding(points: list[Point], path: str) -> None:
     """Memory (the state's, and dashed the whole process's peak) and ms per token against length."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, (memory, speed) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    figure = new_figure(10, 4.2)
+    memory, speed = figure.subplots(1, 2)
     for i, arm in enumerate(dict.fromkeys(p.arm for p in points)):
         mine = [p for p in points if p.arm == arm and not p.error]
         lengths, style = [p.length for p in mine], {"color": f"C{i}", "marker": "o", "markersize": 4}
@@ -634,8 +549,7 @@ def draw_decoding(points: list[Point], path: str) -> None:
         axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
         axes.grid(alpha=0.3)
     speed.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -643,61 +557,29 @@ def draw_decoding(points: list[Point], path: str) -> None:
 
 
 def measure_machine(device: str) -> dict:
-    """What this is, and the best rates of half a second each: GFLOP/s of a large square matrix product, GB/s
-    of a copy (each byte counted once)."""
-    device = distributed.setup(device).device
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    n, limits = 2048 if device.type == "cpu" else 8192, {}
+    """What this is, and the best rates of half a second each: GFLOP/s of a large square matmul, GB/s of a
+    copy (each byte counted once)."""
+    device, limits = distributed.setup(device).device, {}
 
     def best(work) -> float:
-        timed(work, 2, device)
-        times, end = [], time.perf_counter() + 0.5
-        while not times or time.perf_counter() < end:
+        times, end = [timed(work, 1, device) for _ in range(2)], time.perf_counter() + 0.5
+        while time.perf_counter() < end:
             times.append(timed(work, 1, device))
         return min(times)
 
     for name in ("fp32", "bf16") + ("fp16",) * (device.type == "cuda"):
-        a = torch.randn(n, n, device=device).to(dtypes[name])
-        limits[name] = 2 * n**3 / best(lambda a=a: a @ a) / 1e9
+        for n in (256, 1024, 2048, 8192):  # larger only while a matmul takes no seconds: bf16 may be emulated
+            a = torch.randn(n, n, device=device).to(distributed.DTYPES[name])
+            limits[name] = max(limits.get(name, 0), 2 * n**3 / best(lambda a=a: a @ a) / 1e9)
+            larger = {256: 1024, 1024: 2048, 2048: 8192, 8192: 10**9}[n]
+            if 2 * larger**3 / limits[name] / 1e9 > 0.25:
+                break
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     limits["copy"] = 4 * source.numel() / best(lambda: target.copy_(source)) / 1e9
     return {"device": device.type, "name": distributed.device_name(device), "limits": limits,
             "dtype": distributed.choose_dtype("auto", device)[0], "torch": torch.__version__,
-            "python": sys.version.split()[0], "git": git_commit()}
-
-
-def compare(rows: list[Row], limits: dict) -> None:
-    """Fill in what follows from the measured values."""
-    first = rows[0]
-    for row in rows:
-        if row.unit != "tok/s" or row.error:
-            continue
-        row.flops_per_token = row.flops_per_token or first.flops_per_token  # a peer's model has the same size
-        if row.flops_per_token and row.dtype in limits:
-            flops = row.flops_per_token * statistics.median(row.values)
-            row.of_limit = flops / (limits[row.dtype] * 1e9)
-        if row is not first and not first.error:
-            ratios = [a / b for a, b in zip(first.values, row.values, strict=True)]
-            row.speed_ratio = min(ratios), statistics.median(ratios), max(ratios)
-            row.memory_ratio = first.peak_gb / row.peak_gb
-
-
-HEAD = ("shape", "", "median", "of limit", "peak", "first / this: speed", "memory")
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    median = statistics.median(row.values) if row.values else math.nan
-    value = f"{median:,.0f} tok/s" if row.unit == "tok/s" else f"{median:.2f} {row.unit}"
-    return (row.shape, row.arm, "failed" if row.error else value,
-            f"{row.of_limit:.1%}" if row.of_limit else "n/a",
-            f"{row.peak_gb:.2f} GB" if row.peak_gb else "n/a",
-            "{:.2f}-{:.2f}-{:.2f}x".format(*row.speed_ratio) if row.speed_ratio else "",
-            f"{row.memory_ratio:.2f}x" if row.memory_ratio else "")
-
-
-def aligned(row: tuple[str, ...]) -> str:
-    return "{:<8}  {:<31} {:>16} {:>9} {:>9} {:>20} {:>7}".format(*row).rstrip()
+            "python": sys.version.split()[0], "commit": git_commit()}
 
 
 def check_peers(cfg: BenchConfig) -> None:
@@ -711,15 +593,15 @@ def check_peers(cfg: BenchConfig) -> None:
 
 
 def main(cfg: BenchConfig) -> dict:
-    """Print the table; returns what --json writes: config, machine, rows."""
+    """Print the table; returns the ledger's row, whose result is what --json writes: machine and rows."""
     check_peers(cfg)
-    talk = (lambda text: None) if cfg.json == "-" else say
+    began, talk = time.perf_counter(), (lambda text: None) if cfg.json == "-" else say
     with SPAWN.Pool(1) as pool:
         machine = pool.apply(measure_machine, [cfg.device])
     rates = ", ".join(f"{k} {v:,.0f} GFLOP/s" for k, v in machine["limits"].items() if k != "copy")
-    talk(f"{machine['name']}, torch {machine['torch']}; matrix products {rates}; "
+    talk(f"{machine['name']}, torch {machine['torch']}; matmuls {rates}; "
          f"copy {machine['limits']['copy']:.1f} GB/s\n{aligned(HEAD)}")
-    races = {name: arms_of(name, cfg, machine) for name in cfg.shapes.split(",")}
+    races = {name: arms_of(name, cfg, machine) for name in cfg.shapes}
     rows, turns = [], sum(len(arms) * (len(cfg.lengths) if name == "decoding" else cfg.rounds + 1)
                           for name, arms in races.items())
     bar = tqdm(total=turns, unit="turn", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
@@ -738,14 +620,16 @@ def main(cfg: BenchConfig) -> dict:
             compare(found, machine["limits"])
             talk("\n".join(aligned(cells(row)) for row in found))
             rows += found
-    document = {"config": asdict(cfg), "machine": machine, "rows": [asdict(row) for row in rows]}
+    result = {"machine": machine, "rows": [asdict(row) for row in rows]}
     if cfg.json == "-":
-        print(json.dumps(document, indent=1))
+        print(json.dumps({"config": asdict(cfg)} | result, indent=1))
     elif cfg.json:
-        with open(cfg.json, "w") as f:
-            json.dump(document, f, indent=1)
-    return document
+        write_json(cfg.json, {"config": asdict(cfg)} | result)
+    row = ledger_row("bench", cfg, distributed.Dist(0, 1, distributed.pick_device(cfg.device)), result=result,
+                     counts={"arms": len(rows)}, seconds=time.perf_counter() - began, dtype=cfg.dtype)
+    append_to_ledger(cfg.out_dir, row)
+    return row
 
 
 if __name__ == "__main__":
-    run(main, BenchConfig)
+    launch(main, BenchConfig)

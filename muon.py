@@ -1,28 +1,67 @@
-"""Muon for hidden matrices beside AdamW for the rest, in one optimiser; and which parameter belongs where.
+"""Optimisers and schedules: Muon for hidden matrices beside AdamW for the rest, and which parameter is where.
 
-    groups = parameter_groups(model, cfg)     # embeddings, head, scalars, matrices: each its learning rate
-    optimizer = Muon(groups, lr=cfg.lr, betas=(0.9, 0.95))
+    optimizer = make_optimizer(model, cfg)              # cfg has the options of OptimizerConfig
+    lr = set_learning_rates(optimizer, cfg, step, steps)  # before each step
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
 orthogonal one: all its directions move equally far, whatever the gradient's scale. It is for matrices that
-map activations to activations. Embeddings, the head, routers, norms and biases go by AdamW.
+map activations to activations. Embeddings, the head, routers, norms and biases are AdamW's. To add an
+optimiser, write a function like `sgd` and name it in OPTIMIZERS.
 """
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
 
+from common.config import Config
+from common.layers import declared
+
 # ------------------------------------------------------------------------------------------------------------
-# Groups
+# Config
 
 
-def parameter_groups(model, cfg) -> list[dict]:
-    """Every parameter of an LM in exactly one of four groups, by rule: `embeddings` (tables, and the factor
-    of a factorised one), `head` (an untied one), `scalars` (all vectors: norms, biases, scales; routers,
-    short convolutions) and `matrices` (those in blocks). Only matrices and the head decay. `peak_lr` is what
-    the schedule scales.
-    """
+@dataclass
+class OptimizerConfig(Config):
+    # optimiser
+    optimizer: "Literal[tuple(OPTIMIZERS)]" = "adamw"  # adamw | muon (adamw for what is no matrix) | sgd
+    lr: float = 1e-3  # peak learning rate
+    muon_lr: float = 0.02  # of Muon's matrices
+    embed_lr: float = 0.0  # of embeddings; 0 = lr
+    head_lr: float = 0.0  # of an untied head; 0 = lr
+    scalar_lr: float = 0.0  # of norms, biases, other vectors, and routers; 0 = lr
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd = warm-up, stable, decay
+    warmup_steps: int = 0  # linear warm-up
+    min_lr_ratio: float = 0.1  # where cosine, linear and wsd end, as a fraction of lr
+    decay_fraction: float = 0.2  # wsd: the last part of the run, in which lr decays
+    weight_decay: float = 0.1  # of matrices and an untied head; embeddings, norms and biases have none
+    beta1: float = 0.9  # Adam's first moment, or SGD's momentum
+    beta2: float = 0.95  # Adam's second moment
+    muon_momentum: float = 0.95  # Muon's, ...
+    muon_warmup_steps: int = 300  # ... reached after so many steps, from 0.85
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
+
+    def problems(self) -> list[str]:
+        out = super().problems() + self.at_least(
+            0, "lr", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "warmup_steps", "muon_warmup_steps",
+            "weight_decay", "grad_clip")
+        out += [f"{key} must be between 0 and 1, got {getattr(self, key)}"
+                for key in ("min_lr_ratio", "decay_fraction") if not 0 <= getattr(self, key) <= 1]
+        return out + [f"{key} must be between 0 and 1, and below 1, got {getattr(self, key)}"
+                      for key in ("beta1", "beta2", "muon_momentum") if not 0 <= getattr(self, key) < 1]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Groups, optimiser, schedule
+
+
+def parameter_groups(model, cfg: OptimizerConfig) -> list[dict]:
+    """Every parameter in exactly one of four groups, as its layer declares (common/layers.py): `matrices`,
+    `head` (an untied one), `embeddings` and `scalars` (norms, biases, other vectors, routers). Only matrices
+    and the head decay. `peak_lr` is what the schedule scales; `parts` has for each of Muon's matrices the
+    rows of the maps it holds."""
     muon, lr, decay = cfg.optimizer == "muon", cfg.lr, cfg.weight_decay
     groups = {name: {"name": name, "params": [], "peak_lr": peak, "lr": peak, "weight_decay": decay,
                      "kind": "adamw" if muon and name != "matrices" else cfg.optimizer}
@@ -30,42 +69,78 @@ def parameter_groups(model, cfg) -> list[dict]:
                                         ("head", cfg.head_lr or lr, decay),
                                         ("embeddings", cfg.embed_lr or lr, 0.0),
                                         ("scalars", cfg.scalar_lr or lr, 0.0))}
-    matrices = []
-    for name, p in model.named_parameters():
-        if p.dim() == 1 or name.endswith(("bias", "conv.weight")) or ".router." in name:
-            kind = "scalars"
-        elif name.startswith("blocks.") and p.dim() <= 3:  # a pool of experts is (E, rows, cols)
-            kind = "matrices"
-            matrices.append((name, p))
-        elif name.startswith(("embed", "pos_embed")):
-            kind = "embeddings"
-        elif name.startswith("head"):
-            kind = "head"
-        else:
-            raise AssertionError(f"no parameter group for {name} {tuple(p.shape)}: add a rule here")
-        groups[kind]["params"].append(p)
     if muon:
-        groups["matrices"]["parts"] = [parts(name, p, cfg) for name, p in matrices]
+        groups["matrices"]["parts"] = []
+    for _, p, spec in declared(model):
+        groups[spec.group]["params"].append(p)
+        if muon and spec.group == "matrices":
+            groups["matrices"]["parts"].append(list(spec.maps) or [p.size(-2)])
+    grouped, total = (sum(p.numel() for p in ps) for ps in (
+        [p for g in groups.values() for p in g["params"]], model.parameters()))
+    assert grouped == total, f"{grouped:,} of {total:,} parameters are in optimiser groups"
     return [g for g in groups.values() if g["params"]]
 
 
-def parts(name: str, p, cfg) -> list[int]:
-    """The rows of a matrix that holds several maps, each of which is to be orthogonal for itself: queries,
-    keys and values; the gate and what it multiplies."""
-    head_size = cfg.d_model // cfg.n_heads
-    qkv = [h * head_size for h in (cfg.n_heads, *[cfg.n_kv_heads or cfg.n_heads] * 2)]
-    if ".qkv." in name and p.size(-2) == sum(qkv):
-        return qkv
-    width, d_ff = cfg.context_dim or cfg.d_model, cfg.d_ff or 4 * cfg.d_model
-    if ".gates." in name and p.size(-2) in (3 * width, 4 * width) or ".recur." in name:
-        return [width] * (p.size(-2) // width)
-    if ".up." in name and cfg.activation == "swiglu" and p.size(-2) == 2 * d_ff:
-        return [d_ff, d_ff]
-    return [p.size(-2)]
+def adamw_of(groups: list[dict], cfg: OptimizerConfig, fused: bool):
+    return torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), fused=fused)
+
+
+def muon_of(groups: list[dict], cfg: OptimizerConfig, fused: bool):
+    return Muon(groups, betas=(cfg.beta1, cfg.beta2))
+
+
+def sgd_of(groups: list[dict], cfg: OptimizerConfig, fused: bool):
+    return torch.optim.SGD(groups, momentum=cfg.beta1, fused=fused)
+
+
+OPTIMIZERS = {"adamw": adamw_of, "muon": muon_of, "sgd": sgd_of}
+
+
+def make_optimizer(model, cfg: OptimizerConfig) -> torch.optim.Optimizer:
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return OPTIMIZERS[cfg.optimizer](parameter_groups(model, cfg), cfg, fused)
+
+
+def describe_groups(groups: list[dict]) -> list[str]:
+    lines = ["optimiser   group       tensors  parameters  by       learning rate  weight decay"]
+    for g in groups:
+        size = sum(p.numel() for p in g["params"])
+        lines.append(f"            {g['name']:<10} {len(g['params']):8,} {size:11,}  {g['kind']:<6} "
+                     f"{g['peak_lr']:15g} {g['weight_decay']:13g}")
+    return lines
+
+
+def lr_fraction(step: int, cfg: OptimizerConfig, steps: int) -> float:
+    """What step 0 .. steps - 1 uses of each group's peak learning rate."""
+    if step < cfg.warmup_steps:
+        return (step + 1) / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)  # 0 .. 1 after the warm-up
+    if cfg.schedule == "constant":
+        return 1.0
+    if cfg.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    elif cfg.schedule == "linear":
+        left = 1 - done
+    elif cfg.schedule == "wsd":
+        left = min(1.0, (1 - step / steps) / max(cfg.decay_fraction, 1e-9))
+    else:
+        raise NotImplementedError(f"schedule={cfg.schedule}")
+    return cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * left
+
+
+def set_learning_rates(optimizer, cfg: OptimizerConfig, step: int, steps: int) -> float:
+    """Set each group's learning rate, and Muon's momentum, for step 0 .. steps - 1; returns cfg.lr's."""
+    fraction = lr_fraction(step, cfg, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * fraction
+        if group["kind"] == "muon":
+            warm = min(1.0, step / max(1, cfg.muon_warmup_steps))
+            group["momentum"] = 0.85 + (cfg.muon_momentum - 0.85) * warm
+    return cfg.lr * fraction
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Optimiser
+# Muon
 
 
 def fast_bf16(device: torch.device) -> bool:

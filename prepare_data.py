@@ -39,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from common import corpus, tokenizer
-from common.config import Config, UserError, run
+from common.config import Config, UserError, launch
 from common.splits import Part, Piece, assign, cut_files, hold_out, split_of
 from common.token_files import MIN_LINE, SplitWriter, clean_up, new_folder
 from common.tokenizer import Tokenizer, need
@@ -483,4 +483,4 @@ def main(cfg: PrepareConfig) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, PrepareConfig)
+    launch(main, PrepareConfig)

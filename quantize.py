@@ -13,44 +13,43 @@ with the checkpoint: on the whole validation split, in windows of max_seq_len, t
 An INT8 file is read, not trained; keep the checkpoint. It is faster on x86 CPUs only, and smaller everywhere.
 """
 import copy
-import math
 import os
 import re
 import statistics
-import sys
 import time
-import typing
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import checkpoint, data, distributed
-from common.config import Config, UserError, run
-from common.runlog import say
-from model import LM, load_model, to_int8
+from common.config import UserError, launch
+from common.console import say
+from common.evaluate import evaluate
+from common.int8 import to_int8
+from common.run import MachineConfig, append_to_ledger, ledger_row
+from model import LM, load_model
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
 
 @dataclass
-class QuantizeConfig(Config):
-    POSITIONAL: typing.ClassVar[str] = "checkpoint"
+class QuantizeConfig(MachineConfig):
+    POSITIONAL: ClassVar[str] = "checkpoint"
     # what
     checkpoint: str = "out/demo"  # run folder (its best.pt) or .pt file; int8.pt is written beside it
     overwrite: bool = False  # replace an int8.pt that is there
     # measuring
     data: str = ""  # folder whose validation split is read; "" = the one it was trained on
     speed_tokens: int = 256  # tokens generated to time one stream, the median of three times; 0 = not timed
-    compile: bool = False  # also time the compiled decoding step: a minute more
-    device: str = "auto"  # auto | cpu | cuda | mps, to measure on; only x86 CPUs are faster in INT8
+    out_dir: str = ""  # where ledger.jsonl is; "" = beside the checkpoint's folder
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # of the weights that INT8 is compared with
+    compile: Literal["auto", "true", "false"] = "auto"  # also time the compiled decoding step; auto: no
 
     def problems(self) -> list[str]:
-        wrong = [f"speed_tokens must not be negative, got {self.speed_tokens}"]
-        return wrong if self.speed_tokens < 0 else []
+        return super().problems() + self.at_least(0, "speed_tokens")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -75,23 +74,6 @@ def kept_bytes(model: LM) -> Counter:
 # Measuring
 
 
-@torch.inference_mode()
-def evaluate(model: LM, tokens, split: dict, device, name: str) -> dict:
-    """Loss (nats per token), perplexity and bits per byte over a whole split, by the head's own logits."""
-    length, vocab_size = model.cfg.max_seq_len, model.cfg.vocab_size
-    batch_size, rows = max(1, 2**13 // length), max(1, 2**25 // vocab_size)  # rows: 128 MB of logits at once
-    nats, count = 0.0, 0
-    batches = data.eval_batches(tokens, length, batch_size, 0, 1, device)
-    for x, y in tqdm(batches, total=math.ceil(len(tokens) / length / batch_size), desc=f"evaluating {name}",
-                     leave=False, disable=not sys.stderr.isatty()):
-        hidden, y = model.hidden(x).flatten(0, 1), y.flatten()  # (N, C), (N,)
-        for part, targets in zip(hidden.split(rows), y.split(rows), strict=True):
-            nats += F.cross_entropy(model.head(part), targets, ignore_index=-1, reduction="sum").item()
-        count += int((y >= 0).sum())
-    return {"loss": nats / count, "perplexity": math.exp(min(700, nats / count)),
-            "bits_per_byte": nats / math.log(2) / split["bytes"]}
-
-
 def speeds(models: dict[str, LM], n: int, compile: bool, device) -> dict[str, float]:
     """Greedy tokens/s of one stream, the median of three times; the models take turns."""
     prompt, seconds = torch.zeros(1, 1, dtype=torch.long, device=device), {name: [] for name in models}
@@ -109,27 +91,25 @@ def speeds(models: dict[str, LM], n: int, compile: bool, device) -> dict[str, fl
 def open_validation(cfg: QuantizeConfig, saved: dict):
     """Tokens and description of the validation split, which must be in the model's tokens."""
     folder = cfg.data or saved["config"]["data"]
-    meta, theirs = data.read_meta(folder), saved["tokenizer"]
-    if meta["tokenizer"]["fingerprint"] != theirs["fingerprint"]:
-        raise UserError(f"{cfg.checkpoint} was trained with the tokenizer {theirs['name']}, but {folder} is "
-                        f"tokenised with {meta['tokenizer']['name']}: the same ids mean other text\n"
-                        "make the data with the model's tokenizer:  "
-                        "python prepare_data.py ... --tokenizer_from=FOLDER")
+    meta = data.read_meta(folder)
+    checkpoint.check_tokenizer(saved["tokenizer"], cfg.checkpoint, meta["tokenizer"], folder)
     return data.open_tokens(folder, "val", meta), meta["splits"]["val"]
 
 
 ROWS = (("weights", "weight_bytes", "{:,.0f} bytes"), ("checkpoint file", "file_bytes", "{:,.0f} bytes"),
         ("loss", "loss", "{:.4f}"), ("perplexity", "perplexity", "{:.3f}"),
-        ("bits per byte", "bits_per_byte", "{:.4f}"), ("one stream", "tokens_per_second", "{:,.1f} tok/s"),
+        ("bits per byte", "bits_per_byte", "{:.4f}"), ("top-1", "top1", "{:.4f}"),
+        ("one stream", "tokens_per_second", "{:,.1f} tok/s"),
         ("compiled", "compiled_tokens_per_second", "{:,.1f} tok/s"))
 
 
 def table(result: dict[str, dict]) -> str:
-    """Each measure of fp32 and int8, and the second over the first."""
-    lines = [f"{'':<16}{'fp32':>20}{'INT8':>20}{'INT8 / fp32':>14}"]
+    """Each measure of the model and of the one in INT8, and the second over the first."""
+    (before, model), (_, int8) = result.items()
+    lines = [f"{'':<16}{before:>20}{'INT8':>20}{f'INT8 / {before}':>14}"]
     for label, key, form in ROWS:
-        if key in result["int8"]:
-            a, b = result["fp32"][key], result["int8"][key]
+        if key in int8:
+            a, b = model[key], int8[key]
             lines.append(f"{label:<16}{form.format(a):>20}{form.format(b):>20}{b / a:>13.4f}x")
     return "\n".join(lines)
 
@@ -139,42 +119,54 @@ def table(result: dict[str, dict]) -> str:
 
 
 def main(cfg: QuantizeConfig) -> dict:
-    """Write int8.pt, print the table, return its numbers."""
-    device = distributed.setup(cfg.device).device
-    if device.type == "cpu":
-        distributed.keep_freed_memory()
-    source = checkpoint.find(cfg.checkpoint)
-    fp32, saved = load_model(source)
+    """Write int8.pt, print the table, return the ledger's row."""
+    began = time.perf_counter()
+    with distributed.setup(cfg.device) as dist:
+        device = dist.device
+        if device.type == "cpu":
+            distributed.keep_freed_memory()
+        source = checkpoint.find(cfg.checkpoint)
+        fp32, saved = load_model(source)
+        check(source, fp32, saved)
+        tokens, split = open_validation(cfg, saved)
+        path = os.path.join(os.path.dirname(source), "int8.pt")
+        if os.path.exists(path) and not cfg.overwrite:
+            raise UserError(f"{path} is there already; replace it with --overwrite")
+
+        # the file, loaded again
+        checkpoint.save(path, {"model": to_int8(copy.deepcopy(fp32)).state_dict(), "config": saved["config"],
+                               "tokenizer": saved["tokenizer"], "int8": {"source": source}})
+        dtype, _ = distributed.choose_dtype(cfg.dtype, device)
+        models = {dtype: fp32.to(device, distributed.DTYPES[dtype]), "int8": load_model(path, device)[0]}
+
+        # what it costs, what it brings
+        length = fp32.cfg.max_seq_len
+        result = {name: {"weight_bytes": weight_bytes(model), "file_bytes": os.path.getsize(file),
+                         **evaluate(model, tokens, split, length, max(1, 2**13 // length), dist, "fp32",
+                                    by_logits=True, label=name)}
+                  for (name, model), file in zip(models.items(), (source, path), strict=True)}
+        for compile in (False, True)[:0 if not cfg.speed_tokens else 1 + (cfg.compile == "true")]:
+            n = cfg.speed_tokens if fp32.pos_embed is None else min(cfg.speed_tokens, length)
+            for name, speed in speeds(models, n, compile, device).items():
+                result[name]["compiled_tokens_per_second" if compile else "tokens_per_second"] = speed
+        kept = kept_bytes(models["int8"])
+        say(f"{table(result)}\nnot in INT8: {sum(kept.values()):,} bytes")
+        say("\n".join(f"{size:>11,}  {name}" for name, size in kept.items()))
+        say(f"in {path}; look at it with:  python sample.py {path}")
+        row = ledger_row("quantize", cfg, dist, counts={"parameters": fp32.count_parameters()["total"]},
+                         result=result | {"path": path, "kept_bytes": dict(kept)}, dtype=dtype,
+                         seconds=time.perf_counter() - began)
+        append_to_ledger(cfg.out_dir or os.path.dirname(os.path.dirname(os.path.abspath(path))), row)
+        return row
+
+
+def check(source: str, model: LM, saved: dict) -> None:
     if "int8" in saved:
         raise UserError(f"{source} is in INT8 already, made from {saved['int8']['source']}")
-    bad = [name for name, p in fp32.named_parameters() if not p.isfinite().all()]
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
         raise UserError(f"{source} holds values that are not finite, in {', '.join(bad[:3])}")
-    tokens, split = open_validation(cfg, saved)
-    path = os.path.join(os.path.dirname(source), "int8.pt")
-    if os.path.exists(path) and not cfg.overwrite:
-        raise UserError(f"{path} is there already; replace it with --overwrite")
-
-    # the file, loaded again
-    checkpoint.save(path, {"model": to_int8(copy.deepcopy(fp32)).state_dict(), "config": saved["config"],
-                           "tokenizer": saved["tokenizer"], "int8": {"source": source}})
-    models = {"fp32": fp32.to(device), "int8": load_model(path, device)[0]}
-
-    # what it costs, what it brings
-    result = {name: {"weight_bytes": weight_bytes(model), "file_bytes": os.path.getsize(file),
-                     **evaluate(model, tokens, split, device, name)}
-              for (name, model), file in zip(models.items(), (source, path), strict=True)}
-    for compile in (False, True)[:0 if not cfg.speed_tokens else 1 + cfg.compile]:
-        n = cfg.speed_tokens if fp32.pos_embed is None else min(cfg.speed_tokens, fp32.cfg.max_seq_len)
-        for name, speed in speeds(models, n, compile, device).items():
-            result[name]["compiled_tokens_per_second" if compile else "tokens_per_second"] = speed
-    kept = kept_bytes(models["int8"])
-    say(f"{table(result)}\nnot in INT8: {sum(kept.values()):,} bytes")
-    say("\n".join(f"{size:>11,}  {name}" for name, size in kept.items()))
-    say(f"in {path}; look at it with:  python sample.py {path}")
-    return {"script": "quantize", "path": path, "device": distributed.device_name(device), **result,
-            "kept_bytes": dict(kept)}
 
 
 if __name__ == "__main__":
-    run(main, QuantizeConfig)
+    launch(main, QuantizeConfig)

@@ -27,30 +27,29 @@ learned in so many steps; that it cannot be held is shown by more --steps changi
 is small for that reason: all of it fits in half an hour on two CPU cores.
 
 out/NAME/ gets results.jsonl (a line for each model as it ends), table.md and recall.png. The same command
-goes on after Ctrl-C, and reuses what is there when mixers, sizes, seeds or learning rates are added.
+continues after Ctrl-C, and reuses what is there when mixers, sizes, seeds or learning rates are added.
 """
-import contextlib
 import itertools
-import json
 import math
 import os
-import shlex
 import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from common.checkpoint import config_differences, write_atomically
-from common.config import Config, ConfigError, UserError, run
-from common.distributed import keep_freed_memory, pick_device
-from common.runlog import RunLog, append_line, git_commit, read_jsonl, say
+from common.config import ConfigError, UserError, launch
+from common.console import resume_command, say
+from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
+from common.files import append_row, read_rows, write_text
+from common.run import Run, RunConfig, digest, git_commit
+from common.step import NotFinite, backward, update, wrap
 from common.stop import StopRequest
+from common.tables import grid, new_figure, save_figure
 from model import LM, ModelConfig
 
 # ------------------------------------------------------------------------------------------------------------
@@ -63,14 +62,14 @@ MIXERS = {  # the flags of model.py that make each
     "scan": {"mixer": "context", "context_update": "scan", "pos": "none"},
     # one vector and no blocks around it
     "gated": {"mixer": "context", "context_update": "gated", "pos": "none", "activation": "relu"}}
-MAY_CHANGE = {"mixers", "sizes", "seeds", "lrs", "seed", "device", "name", "out_dir", "dry_run"}
 TRAIN, VALIDATION, TEST = range(3)  # streams of sequences
 
 
 @dataclass
-class RecallConfig(Config):
+class RecallConfig(RunConfig):
+    MAY_CHANGE = {"mixers", "sizes", "seeds", "lrs", "seed"}
     # arms
-    mixers: str = ""  # of attention,window,lstm,scan,gated, separated by commas; "" = all
+    mixers: tuple[Literal[tuple(MIXERS)], ...] = tuple(MIXERS)  # those of the arms
     sizes: tuple[int, ...] = (16, 32, 64)  # d_model; for scan and gated the context vector's too
     seeds: int = 3  # models per arm: seed, seed + 1, ...
     lrs: tuple[float, ...] = (3e-3, 1e-2)  # peaks tried on the first seed, until one reaches stop_at
@@ -90,19 +89,16 @@ class RecallConfig(Config):
     eval_interval: int = 100  # steps between looks at the validation sequences
     stop_at: float = 0.995  # a run ends once it has this validation accuracy for every N
     eval_sequences: int = 256  # of each N in validation; four times as many in the test
-    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
-    # run
+    # run and machine, where they differ from training
     name: str = "recall"  # the folder in out_dir
-    out_dir: str = "out"  # where runs go
-    dry_run: bool = False  # print the plan, train nothing
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # at these sizes 16 bits are no faster on a CPU
 
     def problems(self) -> list[str]:
-        out = [f"no mixer '{m}'; there are {', '.join(MIXERS)}" for m in mixer_names(self) if m not in MIXERS]
-        out += [f"{key} must be at least 1, got {getattr(self, key)}"
-                for key in ("seeds", "steps", "batch_size", "eval_interval", "eval_sequences", "window")
-                if getattr(self, key) < 1]
+        out = super().problems() + self.at_least(1, "seeds", "steps", "batch_size", "eval_interval",
+                                                 "eval_sequences", "window", "seq_len", "n_layers")
         out += [f"{key} needs at least one number, all positive; got {getattr(self, key)}"
-                for key in ("sizes", "lrs", "pairs") if min(getattr(self, key), default=0) <= 0]
+                for key in ("sizes", "lrs", "pairs", "mixers")
+                if not getattr(self, key) or key != "mixers" and min(getattr(self, key)) <= 0]
         most, half = max(self.pairs, default=0), self.vocab_size // 2
         if most > half - 1:
             out.append(f"pairs={most} needs {most} keys, but vocab_size={self.vocab_size} has {half - 1}; "
@@ -114,16 +110,12 @@ class RecallConfig(Config):
             out.append(f"batch_size={self.batch_size} does not divide by the {len(self.pairs)} numbers of "
                        "pairs")
         if not out:
-            for mixer, size in itertools.product(mixer_names(self), self.sizes):
+            for mixer, size in itertools.product(self.mixers, self.sizes):
                 try:
                     model_config(self, mixer, size)
                 except ConfigError as e:
                     out += [f"{mixer} of size {size}: {p}" for p in e.problems]
         return out
-
-
-def mixer_names(cfg: RecallConfig) -> list[str]:
-    return cfg.mixers.split(",") if cfg.mixers else list(MIXERS)
 
 
 def model_config(cfg: RecallConfig, mixer: str, size: int) -> ModelConfig:
@@ -209,31 +201,31 @@ def test(cfg: RecallConfig, model: LM, seed: int, stream: int) -> dict[str, dict
     return results
 
 
-def train(cfg: RecallConfig, mixer: str, size: int, lr: float, seed: int, stop: StopRequest):
+def train(cfg: RecallConfig, mixer: str, size: int, lr: float, seed: int, dist: Dist, stop: StopRequest):
     """One model from start to test: its line of results.jsonl; None if asked to stop."""
-    began, device = time.perf_counter(), pick_device(cfg.device)
+    began, dtype = time.perf_counter(), choose_dtype(cfg.dtype, dist.device)[0]
     torch.manual_seed(seed)
-    model = LM(model_config(cfg, mixer, size)).to(device)
+    model = LM(model_config(cfg, mixer, size)).to(dist.device)
+    net = wrap(model, cfg.compile == "true", dist)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,  # no data twice
-                                  fused=device.type in ("cpu", "cuda"))
+                                  fused=dist.device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
     warmup, curve = max(1, cfg.steps // 10), []
     bar = tqdm(range(cfg.steps), f"{mixer} {size} lr {lr:g} seed {seed}", leave=False, unit="step",
                dynamic_ncols=True, disable=not sys.stderr.isatty())
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / warmup, (1 + math.cos(math.pi * step / cfg.steps)) / 2)
-        logits, values, _ = answers(model, training_batch(cfg, seed, step))
-        loss = F.cross_entropy(logits, values)  # in fp32: at these sizes bf16 is no faster on a CPU
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        tokens, targets, _ = (x.to(dist.device) for x in training_batch(cfg, seed, step))  # (B, T) each
+        loss = backward(net, [(tokens, targets)], dist, dtype, scaler)
+        try:
+            update(model, optimizer, scaler, 1.0, loss)
+        except NotFinite as e:
+            raise UserError(f"{mixer} of size {size}, lr {lr:g}, step {step + 1}: {e}; leave this rate out "
+                            "of --lrs (what is done stays)") from None
         if stop.requested:
             return None
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.steps:
-            if not math.isfinite(loss.item()):
-                raise UserError(f"{mixer} of size {size}, lr {lr:g}: loss {loss.item()} by step {step + 1}; "
-                                "leave this rate out of --lrs (what is done stays)")
             found = [r["accuracy"] for r in test(cfg, model, seed, VALIDATION).values()]
             curve.append([step + 1, loss.item(), *found])
             bar.set_postfix_str("validation " + " ".join(f"{a:.3f}" for a in found))
@@ -244,7 +236,7 @@ def train(cfg: RecallConfig, mixer: str, size: int, lr: float, seed: int, stop: 
             "parameters": model.count_parameters()["total"], "state_numbers": state_numbers(cfg, model),
             "steps": step + 1, "validation": statistics.fmean(found), "solved": min(found) >= cfg.stop_at,
             "test": test(cfg, model, seed, TEST), "curve": curve,  # [step, loss, validation by N ...]
-            "seconds": time.perf_counter() - began, "git": git_commit(), "config": asdict(cfg)}
+            "seconds": time.perf_counter() - began, "commit": git_commit(), "config": asdict(cfg)}
 
 
 @torch.no_grad()
@@ -304,23 +296,13 @@ def table(cfg: RecallConfig, arms: list[list[dict]]) -> str:
     return text
 
 
-def grid(lines: list[list[str]]) -> str:
-    """A Markdown table; the first line is its head, the first column its names."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [[c.ljust(w) if c is line[0] else c.rjust(w) for c, w in zip(line, widths, strict=True)]
-             for line in lines]
-    lines.insert(1, ["-" * (w - 1) + (":" if i else "-") for i, w in enumerate(widths)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
     """A panel for each N: accuracy against state size, a line through the means of each mixer's sizes."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(2 + 2.6 * len(cfg.pairs), 3.6), layout="constrained")
+    figure = new_figure(2 + 2.6 * len(cfg.pairs), 3.6)
     panels = figure.subplots(1, len(cfg.pairs), sharey=True, squeeze=False)[0]
     values = cfg.vocab_size - cfg.vocab_size // 2
     for axes, N in zip(panels, cfg.pairs, strict=True):
-        for i, mixer in enumerate(mixer_names(cfg)):
+        for i, mixer in enumerate(cfg.mixers):
             mine = sorted((rows for rows in arms if rows[0]["mixer"] == mixer),
                           key=lambda rows: rows[0]["state_numbers"])
             x = [rows[0]["state_numbers"] for rows in mine]
@@ -335,10 +317,9 @@ def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("share of queries answered rightly")
     handles = panels[0].get_legend_handles_labels()[0] + list(panels[0].lines[-2:])
-    labels = [*mixer_names(cfg), "1 / pairs", "1 / values"]
+    labels = [*cfg.mixers, "1 / pairs", "1 / values"]
     figure.legend(handles, labels, loc="outside right center")
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -363,52 +344,79 @@ def progress(cfg: RecallConfig, mixer: str, size: int, done: dict) -> tuple[list
     return rows, None
 
 
-def main(cfg: RecallConfig) -> dict:
-    """Run, or go on with, all arms. Returns the state and each arm's lines of results.jsonl."""
-    folder = os.path.join(cfg.out_dir, cfg.name)
-    path, done = os.path.join(folder, "results.jsonl"), {}
-    for row in read_jsonl(path):
-        if differences := config_differences(row["config"], asdict(cfg), MAY_CHANGE):
+def read_results(cfg: RecallConfig, path: str) -> dict[tuple, dict]:
+    """The lines of results.jsonl by (mixer, size, lr, seed); UserError if of another configuration."""
+    done = {}
+    for row in read_rows(path):
+        if differences := cfg.differences(row["config"]):
             raise UserError(f"{path} holds results of another configuration (there -> here)\n  "
                             + "\n  ".join(differences)
-                            + "\nnothing was run; use another --name, or remove that file")
+                            + "\nnothing was run; use another --name, or throw them away with --overwrite")
         done[row["mixer"], row["size"], row["lr"], row["seed"]] = row
-    arms = list(itertools.product(mixer_names(cfg), cfg.sizes))
-    most = len(cfg.lrs) + cfg.seeds - 1
-    say(f"mixers x sizes = {len(mixer_names(cfg))} x {len(cfg.sizes)} = {len(arms)} arms, each with at "
-        f"most {len(cfg.lrs)} learning rates + {cfg.seeds - 1} more seeds = {most} models: at most "
-        f"{len(arms) * most} models of at most {cfg.steps:,} steps, {len(done)} there; output in {folder}")
-    if cfg.dry_run:
-        for mixer, size in arms:
-            model, (rows, todo) = LM(model_config(cfg, mixer, size)), progress(cfg, mixer, size, done)
-            say(f"{mixer:<10} d_model {size:<5} {model.count_parameters()['total']:>9,} parameters  "
-                f"{state_numbers(cfg, model):>7,} numbers in the state  "
-                + (f"next: lr {todo[0]:g}, seed {todo[1]}" if todo else f"done, {len(rows)} seeds"))
-        return {"status": "planned"}
+    return done
 
-    keep_freed_memory()
-    torch.set_num_threads(min(torch.get_num_threads(), 4))  # the models are tiny
-    with StopRequest() as stop, contextlib.closing(RunLog(folder)):  # which locks the folder
-        for mixer, size in arms:
-            while todo := progress(cfg, mixer, size, done)[1]:
-                lr, seed = todo
-                row = train(cfg, mixer, size, lr, seed, stop)
-                if row is None:
-                    say("stopped, without the model just in training; the same command goes on")
-                    return {"status": "stopped"}
-                append_line(path, json.dumps(row))
-                done[mixer, size, lr, seed] = row
-                found = "  ".join(f"{r['accuracy']:.3f}" for r in row["test"].values())
-                say(f"{mixer:<10} d_model {size:<4} lr {lr:<6g} seed {seed}  {row['steps']:>5,} steps, "
-                    f"{row['seconds']:5.1f} s   N = {', '.join(row['test'])}: {found}")
+
+def main(cfg: RecallConfig) -> dict:
+    """Run, or continue, all arms. Returns the ledger's row; its result has the lines of results.jsonl by
+    arm."""
+    with setup(cfg.device) as dist:
+        if dist.world > 1:
+            raise UserError("recall_probe.py trains in one process: start it with python, not with torchrun")
+        folder = os.path.join(cfg.out_dir, cfg.name)
+        path = os.path.join(folder, "results.jsonl")
+        done = {} if cfg.overwrite else read_results(cfg, path)
+        arms = list(itertools.product(cfg.mixers, cfg.sizes))
+        most = len(cfg.lrs) + cfg.seeds - 1
+        say(f"mixers x sizes = {len(cfg.mixers)} x {len(cfg.sizes)} = {len(arms)} arms, each with at most "
+            f"{len(cfg.lrs)} learning rates + {cfg.seeds - 1} more seeds = {most} models: at most "
+            f"{len(arms) * most} models of at most {cfg.steps:,} steps, {len(done)} there; in {folder}")
+        if cfg.dry_run:
+            for mixer, size in arms:
+                model, (rows, todo) = LM(model_config(cfg, mixer, size)), progress(cfg, mixer, size, done)
+                say(f"{mixer:<10} d_model {size:<5} {model.count_parameters()['total']:>9,} parameters  "
+                    f"{state_numbers(cfg, model):>7,} numbers in the state  "
+                    + (f"next: lr {todo[0]:g}, seed {todo[1]}" if todo else f"done, {len(rows)} seeds"))
+            return {"status": "planned"}
+        keep_freed_memory()
+        torch.set_num_threads(min(torch.get_num_threads(), 4))  # the models are tiny
+        with Run(cfg, dist, "recall_probe") as run, StopRequest() as stop:
+            if cfg.overwrite and os.path.exists(path):
+                os.remove(path)
+            if not run_arms(cfg, arms, done, path, dist, stop):
+                say(f"stopped, without the model just in training; continue with:  {resume_command()}")
+                return {"status": "stopped"}
+            return report(cfg, arms, done, run)
+
+
+def run_arms(cfg: RecallConfig, arms: list, done: dict, path: str, dist: Dist, stop: StopRequest) -> bool:
+    """Train what is not in `done`, and add it there and to the file; False if asked to stop."""
+    for mixer, size in arms:
+        while todo := progress(cfg, mixer, size, done)[1]:
+            lr, seed = todo
+            row = train(cfg, mixer, size, lr, seed, dist, stop)
+            if row is None:
+                return False
+            append_row(path, row)
+            done[mixer, size, lr, seed] = row
+            found = "  ".join(f"{r['accuracy']:.3f}" for r in row["test"].values())
+            say(f"{mixer:<10} d_model {size:<4} lr {lr:<6g} seed {seed}  {row['steps']:>5,} steps, "
+                f"{row['seconds']:5.1f} s   N = {', '.join(row['test'])}: {found}")
+    return True
+
+
+def report(cfg: RecallConfig, arms: list, done: dict, run: Run) -> dict:
     results = [progress(cfg, mixer, size, done)[0] for mixer, size in arms]
     text = table(cfg, results)
-    command = shlex.join(["python", *sys.argv])
-    write_atomically(os.path.join(folder, "table.md"), lambda f: f.write(f"    {command}\n\n{text}".encode()))
-    draw(cfg, results, os.path.join(folder, "recall.png"))
-    say(f"\n{text}\nin {folder}: table.md, recall.png, results.jsonl")
-    return {"status": "finished", "arms": results}
+    write_text(run.path("table.md"), f"    {resume_command()}\n\n{text}")
+    draw(cfg, results, run.path("recall.png"))
+    say(f"\n{text}\nin {run.folder}: table.md, recall.png, results.jsonl")
+    lines = [[{k: v for k, v in row.items() if k not in ("curve", "config")} for row in rows]
+             for rows in results]
+    rows = sum(lines, [])
+    run.seconds, run.id = sum(row["seconds"] for row in rows), digest(rows)
+    return run.finish("finished", dtype=choose_dtype(cfg.dtype, run.dist.device)[0], result={"arms": lines},
+                      counts={"models": len(rows), "steps": sum(row["steps"] for row in rows)})
 
 
 if __name__ == "__main__":
-    run(main, RecallConfig)
+    launch(main, RecallConfig)

@@ -11,13 +11,16 @@ and sampled there.
 """
 import os
 import sys
-import typing
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 
 from common import distributed, tokenizer
-from common.config import Config, UserError, run
+from common.checkpoint import check_tokenizer
+from common.config import UserError, launch
+from common.console import say
+from common.run import MachineConfig
 from common.stream import StreamDecoder
 from model import load_model
 
@@ -26,8 +29,8 @@ from model import load_model
 
 
 @dataclass
-class SampleConfig(Config):
-    POSITIONAL: typing.ClassVar[str] = "checkpoints"
+class SampleConfig(MachineConfig):
+    POSITIONAL: ClassVar[str] = "checkpoints"
     # what
     checkpoints: tuple[str, ...] = ("out/demo",)  # run folders or .pt files; several are shown side by side
     tokenizer_from: str = ""  # data or run folder with the tokenizer; "" = the checkpoint's folder
@@ -43,21 +46,17 @@ class SampleConfig(Config):
     top_p: float = 1.0  # draw from the most probable tokens that hold this much probability together
     repetition_penalty: float = 1.0  # above 1, tokens already there become less probable
     seed: int = 1  # of the draws
-    # machine
-    device: str = "auto"  # auto | cpu | cuda | mps
-    dtype: str = "fp32"  # fp32 | bf16 | fp16 | auto, of weights and arithmetic; 16 bits read half the memory
-    compile: bool = False  # compile the decoding step: half a minute, then twice as fast on a CPU
+    # machine, where they differ from training
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # of weights too; 16 bits read half the memory
+    compile: Literal["auto", "true", "false"] = "auto"  # the decoding step: pays for long texts; auto = no
 
     def problems(self) -> list[str]:
-        out = []
-        if self.dtype not in ("auto", "fp32", "bf16", "fp16"):
-            out.append(f"dtype: expected one of auto, fp32, bf16, fp16; got '{self.dtype}'")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
-            out.append("temperature and top_k must not be negative, top_p in (0, 1], repetition_penalty "
-                       f"above 0; got {self.temperature}, {self.top_k}, {self.top_p}, "
-                       f"{self.repetition_penalty}")
-        if min(self.top_tokens, self.max_new_tokens) < 0 or self.num_samples < 1:
-            out.append("top_tokens and max_new_tokens must not be negative, num_samples at least 1")
+        out = super().problems() + self.at_least(1, "num_samples") + self.at_least(
+            0, "top_tokens", "max_new_tokens", "temperature", "top_k", "seed")
+        if not 0 < self.top_p <= 1:
+            out.append(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.repetition_penalty <= 0:
+            out.append(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if sum((bool(self.prompt), bool(self.prompt_file), self.interactive)) > 1:
             out.append("use one of prompt, prompt_file and interactive")
         return out
@@ -72,10 +71,8 @@ def load(path: str, tokenizer_from: str, device, dtype: str = "fp32"):
     model, saved = load_model(path, device, dtype)
     folder = tokenizer_from or (path if os.path.isdir(path) else os.path.dirname(path) or ".")
     tok = tokenizer.load(folder)
-    if tok.fingerprint != saved["tokenizer"]["fingerprint"]:
-        raise UserError(f"{path} was trained with the tokenizer {saved['tokenizer']['name']} "
-                        f"({saved['tokenizer']['fingerprint'][:12]}), but {folder} holds {tok.name} "
-                        f"({tok.fingerprint[:12]}); name the right folder with --tokenizer_from")
+    check_tokenizer(saved["tokenizer"], path, {"name": tok.name, "fingerprint": tok.fingerprint}, folder,
+                    fix="name the folder with the model's tokenizer:  --tokenizer_from=FOLDER")
     return model, tok
 
 
@@ -89,7 +86,7 @@ def stream(model, tok, prompt: str, cfg: SampleConfig, generator, device):
     decoder = StreamDecoder(tok)
     for token in model.generate(encode(prompt, tok, device), cfg.max_new_tokens, cfg.temperature,
                                 cfg.top_k, cfg.top_p, cfg.repetition_penalty, stop_tokens=[tok.eot],
-                                generator=generator, compile=cfg.compile):
+                                generator=generator, compile=cfg.compile == "true"):
         if int(token) != tok.eot:
             yield decoder.push(int(token))
     yield decoder.flush()
@@ -97,8 +94,14 @@ def stream(model, tok, prompt: str, cfg: SampleConfig, generator, device):
 
 @torch.no_grad()
 def next_tokens(model, tok, prompt: str, k: int, device) -> list[tuple[str, float]]:
-    """The k most probable tokens after a prompt, with their probabilities."""
-    logits = model(encode(prompt, tok, device))[0][0, -1, :model.n_tokens].float()  # (V,)
+    """The k most probable tokens after a prompt, with their probabilities. Of a prompt that is longer than
+    learned positions the end is read."""
+    ids = encode(prompt, tok, device)  # (1, T)
+    if model.pos_embed is not None and ids.size(1) > model.cfg.max_seq_len:
+        say(f"the prompt has {ids.size(1):,} tokens, the model {model.cfg.max_seq_len:,} positions: only the "
+            "end is read")
+        ids = ids[:, -model.cfg.max_seq_len:]
+    logits = model.step(ids, None)[0, :model.n_tokens]  # (V,)
     top = logits.softmax(dim=-1).topk(min(k, model.n_tokens))
     return [(tok.decode([int(i)]), float(p)) for p, i in zip(top.values, top.indices, strict=True)]
 
@@ -121,8 +124,11 @@ def read_prompts(cfg: SampleConfig):
     if cfg.prompt_file and cfg.prompt_file != "-" and not os.path.isfile(cfg.prompt_file):
         raise UserError(f"no prompt file '{cfg.prompt_file}'")
     if cfg.prompt_file:
-        with sys.stdin if cfg.prompt_file == "-" else open(cfg.prompt_file, encoding="utf-8") as f:
-            yield from (line.rstrip("\n") for line in f if line.strip())
+        try:
+            with sys.stdin if cfg.prompt_file == "-" else open(cfg.prompt_file, encoding="utf-8") as f:
+                yield from (line.rstrip("\n") for line in f if line.strip())
+        except UnicodeDecodeError as e:
+            raise UserError(f"{cfg.prompt_file} is not UTF-8 at byte {e.start:,} ({e.reason})") from None
     else:
         yield from cfg.prompt or ("",)
 
@@ -161,4 +167,4 @@ def main(cfg: SampleConfig) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, SampleConfig)
+    launch(main, SampleConfig)

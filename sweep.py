@@ -1,4 +1,4 @@
-"""Sweeps and ablations: train.py over arms and seeds, each arm compared with the config as it is.
+"""Sweeps and ablations: a script over arms and seeds, each arm compared with the config as it is.
 
     python sweep.py config/demo.py --grid=lr=1e-3,3e-3,1e-2 --seeds=3          # every value
     python sweep.py config/demo.py --grid=lr=1e-3,3e-3 --grid=d_ff=256,384     # every combination
@@ -6,16 +6,19 @@
     python sweep.py config/mini3.py --max_steps=500 --arm="config/mini7.py max_steps=500"  # a whole config
     python sweep.py config/demo.py --arm=qk_norm --jobs=2 --dry_run            # the runs and their state
 
-Every option of train.py is one here too and holds for all runs. An arm is options on top of those, or a
-config file, whose options win: what each arm changes is listed before it runs. The arm `base` changes nothing
-and always runs; a grid's value that the config has is base. A run is a process of its own, `python train.py
-out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`, where the .py file holds the arm's configuration. With the
-same seed all arms see the same data in the same order, so differences are taken seed by seed.
+Every option of the script (train.py, or --script) is one here too and holds for all runs. An arm is options
+on top of those, or a config file, whose options win: what each arm changes is listed before it runs. The arm
+`base` changes nothing and always runs; a grid's value that the config has is base. A run is a process of its
+own, `python train.py out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`, where the .py file holds the arm's
+configuration. With the same seed all arms see the same data in the same order, so differences are taken seed
+by seed.
 
-The same command goes on after Ctrl-C or SIGTERM, which the runs get too and save (kill -9 leaves those of the
-moment going). Runs that ended are read, half-done ones continued, those with other settings refused; further
-arms and more seeds reuse what there is. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png and the logs.
+The same command continues after Ctrl-C or SIGTERM, which the runs get too and save (kill -9 leaves those of
+the moment running). Runs that ended are read, half-done ones continued, those with other settings refused;
+further arms and more seeds reuse what there is. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png and
+the logs.
 """
+import importlib
 import itertools
 import json
 import math
@@ -25,18 +28,21 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from tqdm import tqdm
 
 from common import checkpoint, data
-from common.config import ConfigError, UserError, load, run
-from common.runlog import read_jsonl, say
+from common.config import Config, ConfigError, UserError, launch, load
+from common.console import resume_command, say
+from common.distributed import Dist
+from common.files import make_folder, write_text
+from common.run import RunConfig, append_to_ledger, digest, finite, ledger_row, read_ledger
 from common.stats import holm, paired_difference
 from common.stop import StopRequest
-from train import MAY_CHANGE, TrainConfig, resume_command
+from common.tables import grid, new_figure, save_figure
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -46,22 +52,36 @@ OF_THE_SWEEP = ("name", "out_dir", "seed", "overwrite", "dry_run", "max_minutes"
 
 
 @dataclass
-class SweepConfig(TrainConfig):
+class SweepOptions(Config):
+    SCRIPT_CONFIG: ClassVar[type]  # of the script that is swept
     # sweep
+    script: str = "train"  # whose options these are and which is run: any script that saves runs
     grid: tuple[str, ...] = ()  # OPTION=VALUE,VALUE,...: an arm per value; repeated: per combination
     arm: tuple[str, ...] = ()  # "OPTION=VALUE ..." or a config file: one arm; may be repeated
     seeds: int = 3  # runs per arm: seed, seed + 1, ...
     jobs: int = 1  # runs at the same time; they share cores, memory (set micro_batch_size) and GPUs
-    metric: Literal["loss", "bits_per_byte"] = "loss"  # of the best evaluation, by loss; lower is better
+    metric: str = "loss"  # what is compared: loss, bits_per_byte or another number in the runs' results
 
     def problems(self) -> list[str]:
-        out = super().problems()
-        out += [f"{key} must be at least 1, got {getattr(self, key)}" for key in ("seeds", "jobs")
-                if getattr(self, key) < 1]
-        if self.max_minutes:
+        out = super().problems() + self.at_least(1, "seeds", "jobs")
+        if getattr(self, "max_minutes", 0):
             out.append("max_minutes would end runs halfway; use --max_steps or --epochs")
         return out or make_arms(self)[1]
 
+
+def sweep_config(script: str) -> type:
+    """The options of a sweep of `script`: its own and SweepOptions."""
+    if not re.fullmatch(r"\w+", script) or not os.path.exists(os.path.join(HERE, f"{script}.py")):
+        raise UserError(f"no script '{script}.py' to sweep; use --script=train")
+    found = [c for c in vars(importlib.import_module(script)).values()
+             if isinstance(c, type) and issubclass(c, RunConfig) and c.__module__ == script]
+    if not found:
+        raise UserError(f"{script}.py saves no runs to sweep over; use --script=train")
+    return dataclass(type("SweepConfig", (SweepOptions, found[0]), {
+        "SCRIPT_CONFIG": found[0], "__module__": __name__}))
+
+
+SweepConfig = sweep_config("train")
 
 # ------------------------------------------------------------------------------------------------------------
 # Arms and runs
@@ -71,7 +91,7 @@ class SweepConfig(TrainConfig):
 class Arm:
     name: str  # in folder names
     text: str  # as it was typed
-    cfg: TrainConfig
+    cfg: RunConfig
     changes: list[str]  # "option: base's value -> this arm's"
 
 
@@ -86,20 +106,21 @@ class Run:
 
 def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
     """Base and the arms, and all that is wrong with them. A grid's value that the config has is base."""
-    base = {f.name: getattr(cfg, f.name) for f in fields(TrainConfig)}
+    kind = cfg.SCRIPT_CONFIG
+    base = {f.name: getattr(cfg, f.name) for f in fields(kind)}
     axes = [(key, values.split(",")) for key, _, values in (text.partition("=") for text in cfg.grid)]
     points = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes))
     texts = [" ".join(point) for point in points if point] + list(cfg.arm)
     text = " ".join(["base", *(f"{key}={base.get(key.replace('-', '_'))}" for key, _ in axes)])
-    arms, problems = [Arm("base", text, TrainConfig(**base), [])], []
+    arms, problems = [Arm("base", text, kind(**base), [])], []
     for text in texts:
         words = text.split()
         try:
-            arm = load(TrainConfig, [w if w.endswith(".py") else f"--{w}" for w in words], base)
+            arm = load(kind, [w if w.endswith(".py") else f"--{w}" for w in words], base)
         except ConfigError as e:
             problems += [f"arm '{text}': {p}" for p in e.problems]
             continue
-        changes = checkpoint.config_differences(base, asdict(arm))
+        changes = arm.differences(base, free=set())
         own = [c for c in changes if c.split(":")[0] in OF_THE_SWEEP]
         parts = [os.path.basename(w)[:-3] if w.endswith(".py") else w for w in words]
         name = re.sub(r"[^\w.+-]+", "-", "_".join(parts))
@@ -123,28 +144,22 @@ def look_up(run: Run, out_dir: str) -> list[str]:
     if not os.path.exists(path):
         return []
     saved = checkpoint.load(path, keys=("progress", "config", "data_sha256"))
-    meta, cfg = data.read_meta(run.arm.cfg.data), asdict(run.arm.cfg) | {"seed": run.seed}
-    n_tokens = meta["tokenizer"]["vocab_size"]
-    cfg |= {"vocab_size": cfg["vocab_size"] or n_tokens, "n_tokens": n_tokens}  # as train.py resolves them
-    differences = checkpoint.config_differences(saved["config"], cfg, MAY_CHANGE - {"dtype"})
+    cfg, meta = replace(run.arm.cfg, seed=run.seed), data.read_meta(run.arm.cfg.data)
+    differences = cfg.resolved(meta).differences(saved["config"], cfg.may_change() - {"dtype"})
     if saved["data_sha256"] != meta["splits"]["train"]["sha256"]:
-        differences.append(f"data: the training tokens in {run.arm.cfg.data} are not those it began with")
+        differences.append(f"data: the training tokens in {cfg.data} are not those it began with")
     if not differences and saved["progress"]["ended"]:
-        rows = read_jsonl(os.path.join(out_dir, "ledger.jsonl"))
+        rows = read_ledger(out_dir)
         run.row = next((r for r in rows if r["run_id"] == saved["progress"]["run_id"]), None)
     return differences
 
 
 def write_arm(arm: Arm, folder: str) -> None:
-    """The arm's configuration as a config file: all that is not train.py's default."""
+    """The arm's configuration as a config file: all that is not the script's default."""
     lines = [f"# Written by sweep.py: {arm.text}"]
-    lines += [f"{f.name} = {getattr(arm.cfg, f.name)!r}" for f in fields(TrainConfig)
+    lines += [f"{f.name} = {getattr(arm.cfg, f.name)!r}" for f in fields(arm.cfg)
               if f.name not in ("name", "seed", "overwrite") and getattr(arm.cfg, f.name) != f.default]
-    write(os.path.join(folder, f"{arm.name}.py"), "\n".join([*lines, ""]))
-
-
-def write(path: str, text: str) -> None:
-    checkpoint.write_atomically(path, lambda f: f.write(text.encode()))
+    write_text(os.path.join(folder, f"{arm.name}.py"), "\n".join([*lines, ""]))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -152,9 +167,10 @@ def write(path: str, text: str) -> None:
 
 
 def start(cfg: SweepConfig, run: Run, folder: str, slot: int) -> subprocess.Popen:
-    """train.py in a session of its own: the terminal's Ctrl-C reaches it once, through us."""
-    command = [sys.executable, os.path.join(HERE, "train.py"), os.path.join(folder, f"{run.arm.name}.py"),
-               f"--seed={run.seed}", f"--name={run.name}"] + ["--overwrite"] * cfg.overwrite
+    """The script in a session of its own: the terminal's Ctrl-C reaches it once, through us."""
+    script, config = os.path.join(HERE, f"{cfg.script}.py"), os.path.join(folder, f"{run.arm.name}.py")
+    command = [sys.executable, script, config, f"--seed={run.seed}", f"--name={run.name}",
+               *["--overwrite"] * cfg.overwrite]
     env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // cfg.jobs))}
     gpus = torch.cuda.device_count()
     if cfg.jobs > 1 and gpus > 1:
@@ -195,7 +211,7 @@ def run_all(cfg: SweepConfig, runs: list[Run], folder: str, stop: StopRequest) -
 def settle(cfg: SweepConfig, run: Run, folder: str, stopping: bool) -> None:
     look_up(run, cfg.out_dir)
     if run.row:
-        score = run.row[f"best_val_{cfg.metric}"]
+        score = score_of(run.row, cfg.metric)
         say(f"{run.name:<40} {cfg.metric} {score:.4f}, {run.row['seconds'] / 60:.1f} minutes")
     elif not stopping:
         with open(os.path.join(folder, f"{run.name}.log"), errors="replace") as f:
@@ -208,25 +224,35 @@ def settle(cfg: SweepConfig, run: Run, folder: str, stopping: bool) -> None:
 # Report
 
 
+def score_of(row: dict, metric: str) -> float:
+    if not isinstance(row["result"].get(metric), (int, float)):
+        known = ", ".join(k for k, v in row["result"].items() if isinstance(v, (int, float)) and k != "step")
+        raise UserError(f"metric={metric} is no result of {row['script']}.py; there are {known}\n"
+                        "all runs are kept: give the same command with another --metric")
+    return row["result"][metric]
+
+
 def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
     """A row per arm: results by seed, and the difference to base over the seeds that both have. What cannot
     be said is nan."""
     results = []
     for arm in arms:
         rows = {r.seed: r.row for r in runs if r.arm is arm and r.row}
-        scores = {seed: row[f"best_val_{cfg.metric}"] for seed, row in rows.items()}
+        scores = {seed: score_of(row, cfg.metric) for seed, row in rows.items()}
         base = results[0]["scores"] if results else {}
         seeds = [s for s in scores if s in base]
         effect = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds])
-        means = {key: statistics.fmean(row[key] for row in rows.values()) if rows else math.nan
-                 for key in ("parameters", "tokens_per_second", "seconds", "tokens")}
+        means = {key: statistics.fmean(row["counts"].get(key, math.nan) for row in rows.values()) if rows
+                 else math.nan for key in ("parameters", "tokens")}
+        seconds = statistics.fmean(row["seconds"] for row in rows.values()) if rows else math.nan
         results.append({
-            "arm": arm.text, "changes": arm.changes, **means, "metric": cfg.metric, "scores": scores,
+            "arm": arm.text, "changes": arm.changes, **means, "seconds": seconds,
+            "tokens_per_second": means["tokens"] / max(seconds, 1e-9), "metric": cfg.metric, "scores": scores,
             "mean": statistics.fmean(scores.values()) if scores else math.nan,
             "sd": statistics.stdev(scores.values()) if len(scores) > 1 else math.nan,
             "differences": {s: scores[s] - base[s] for s in seeds}, "difference": effect.mean,
             "low": effect.low, "high": effect.high, "p": effect.p,
-            "git": sorted({row["git"] for row in rows.values()})})
+            "commits": sorted({row["commit"] for row in rows.values()})})
     for row, p in zip(results, holm([row["p"] for row in results]), strict=True):
         row["p_holm"] = p
     return results
@@ -243,20 +269,17 @@ def table(cfg: SweepConfig, results: list[dict]) -> str:
                    *(r[key] for key in ("mean", "sd", "difference", "low", "high", "p", "p_holm"))]
         lines.append([r["arm"], *(format(x, form) if math.isfinite(x) else ""
                                   for x, form in zip(numbers, forms, strict=True))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines = [[c.ljust(w) if c is line[0] else c.rjust(w) for c, w in zip(line, widths, strict=True)]
-             for line in lines]
-    lines.insert(1, ["-" * (w - 1) + (":" if i else "-") for i, w in enumerate(widths)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return grid(lines)
 
 
 def notes(cfg: SweepConfig, results: list[dict], runs: list[Run]) -> list[str]:
     """What a reader of the table must know."""
-    unit = "nats per token" if cfg.metric == "loss" else "bits per byte"
+    unit = {"loss": "nats per token", "bits_per_byte": "bits per byte"}.get(cfg.metric, cfg.metric)
     out = [f"{unit}, best evaluation of the validation split; sd over seeds; runs at a time: {cfg.jobs}"]
     halves = [(r["high"] - r["low"]) / 2 for r in results if math.isfinite(r["p"])]
     if halves:
-        out += ["difference: arm - base over equal seeds, negative = better; t interval and paired t-test; "
+        out += ["difference: arm - base over equal seeds, of a loss negative = better; t interval and paired "
+                "t-test; "
                 f"p (Holm) is adjusted for the number of arms, {len(halves)}",
                 f"{cfg.seeds} seeds show differences from about {statistics.median(halves):.4f} on (median "
                 "half-width of the intervals); smaller ones may be there and are not seen"]
@@ -264,18 +287,17 @@ def notes(cfg: SweepConfig, results: list[dict], runs: list[Run]) -> list[str]:
         out.append("one seed says nothing: a difference may be the seed's; use --seeds=3 or more")
     if len(tokens := {r["tokens"] for r in results if r["scores"]}) > 1:
         out.append(f"the arms did not train on equally many tokens: {min(tokens):,.0f} to {max(tokens):,.0f}")
-    if len(commits := sorted({commit for r in results for commit in r["git"]})) > 1:
+    if len(commits := sorted({commit for r in results for commit in r["commits"]})) > 1:
         out.append(f"the runs come from different versions of the code: {', '.join(commits)}")
     return out + [f"{r.name} failed: {r.error}" for r in runs if r.error]
 
 
 def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> None:
     """Score against value for a grid over one number, else the differences to base with their intervals."""
-    from matplotlib.figure import Figure
     key = cfg.grid[0].split("=")[0].replace("-", "_") if len(cfg.grid) == 1 and not cfg.arm else ""
     curve = key and type(getattr(cfg, key)) in (int, float)
     done = [(a, r) for a, r in zip(arms, results, strict=True) if r["scores" if curve else "differences"]]
-    figure = Figure(figsize=(7, 4.2 if curve else 1.4 + 0.4 * len(done)), layout="constrained")
+    figure = new_figure(7, 4.2 if curve else 1.4 + 0.4 * len(done))
     axes = figure.subplots()
     dots = {"linestyle": "", "marker": "o", "color": "C1", "markersize": 4, "alpha": 0.7}
     if curve:
@@ -295,10 +317,9 @@ def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> N
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(done)), [a.text for a, _ in done])
         axes.set_ylim(len(done) - 0.5, -0.5)  # the first on top
-        axes.set(xlabel=f"{cfg.metric}, difference to base with 95 % interval; left = better", title=cfg.name)
+        axes.set(xlabel=f"{cfg.metric}, difference to base with 95 % interval", title=cfg.name)
     axes.grid(alpha=0.3)
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    os.replace(f"{path}.tmp", path)
+    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -322,28 +343,41 @@ def main(cfg: SweepConfig) -> dict:
         f"{cfg.jobs} at a time, output in {folder}")
     if cfg.dry_run:
         return {"status": "planned", "runs": todo}
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     for arm in arms:
         write_arm(arm, folder)
     with StopRequest() as stop:
         run_all(cfg, runs, folder, stop)
     if not all(r.row or r.error for r in runs):
-        say(f"stopped; go on with:  {resume_command()}")
+        say(f"stopped; continue with:  {resume_command()}")
         return {"status": "stopped"}
+    return report(cfg, arms, runs, folder)
 
+
+def report(cfg: SweepConfig, arms: list[Arm], runs: list[Run], folder: str) -> dict:
     results = compare(cfg, arms, runs)
     text = f"{table(cfg, results)}\n\n" + "".join(f"- {note}\n" for note in notes(cfg, results, runs))
-    write(os.path.join(folder, "table.md"), f"    {resume_command()}\n\n{text}")
-    rows = [{k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r.items()}
-            for r in results]  # JSON has no nan
-    write(os.path.join(folder, "results.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(os.path.join(folder, "table.md"), f"    {resume_command()}\n\n{text}")
+    rows = finite(results)
+    write_text(os.path.join(folder, "results.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
     if any(r["differences"] for r in results):
         draw(cfg, arms, results, os.path.join(folder, "sweep.png"))
     say(f"\n{text}in {folder}: table.md, results.jsonl, sweep.png")
     if failed := "".join(f"\n  {r.name}: {r.error}" for r in runs if r.error):
         raise UserError(f"runs failed; the same command tries them again{failed}")
-    return {"status": "finished", "results": results}
+    done = [r.row for r in runs]
+    counts = {"arms": len(arms), "runs": len(runs)}
+    row = ledger_row("sweep", cfg, Dist(0, 1, torch.device("cpu")), counts=counts,
+                     result={"arms": results}, seconds=sum(r["seconds"] for r in done), dtype=cfg.dtype,
+                     run_id=digest([cfg.metric, *(r["run_id"] for r in done)]))
+    row["hardware"] = done[0]["hardware"]
+    append_to_ledger(cfg.out_dir, row)
+    return row
+
+
+def chosen_config() -> type:
+    return sweep_config(next((a.partition("=")[2] for a in sys.argv if a.startswith("--script=")), "train"))
 
 
 if __name__ == "__main__":
-    run(main, SweepConfig)
+    launch(main, chosen_config)

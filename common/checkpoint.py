@@ -1,40 +1,21 @@
 """Checkpoints: written to a temporary file, flushed and renamed; loaded as data, never as code."""
-import json
 import os
 import pickle
+import re
 import zipfile
 
 import torch
 
 from common.config import UserError
+from common.files import write_atomically
 
 
 class CheckpointError(UserError):
     pass
 
 
-def write_atomically(path: str, write) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk, then rename: whoever reads `path`
-    sees the old content or the new, whole, whatever happens between."""
-    tmp = f"{path}.tmp"
-    with open(tmp, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-    folder = os.open(os.path.dirname(path) or ".", os.O_DIRECTORY)
-    try:
-        os.fsync(folder)  # so that the rename itself reaches the disk
-    finally:
-        os.close(folder)
-
-
 def save(path: str, state: dict) -> None:
     write_atomically(path, lambda f: torch.save(state, f))
-
-
-def write_json(path: str, value) -> None:
-    write_atomically(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
 
 
 def find(path: str) -> str:
@@ -77,9 +58,16 @@ def load(path: str, keys=("model", "config"), map_location="cpu", int8: bool = F
     return state
 
 
+def new_name(name: str, own) -> str:
+    """Files made before trunks had that name call it blocks, and the gated context blocks.0."""
+    new = re.sub(r"^blocks\.", "trunk.", name)
+    return new if new in own else re.sub(r"^blocks\.0\.", "trunk.", name)
+
+
 def load_weights(model, weights: dict, path: str) -> None:
     """Put `weights` into `model`, or say which tensors do not fit."""
     own = model.state_dict()
+    weights = {new_name(name, own): w for name, w in weights.items()}
     problems = [f"{k}: missing in the file" for k in own if k not in weights]
     problems += [f"{k}: not in this model" for k in weights if k not in own]
     problems += [f"{k}: {tuple(weights[k].shape)} in the file, {tuple(own[k].shape)} in this model"
@@ -90,9 +78,11 @@ def load_weights(model, weights: dict, path: str) -> None:
     model.load_state_dict(weights)
 
 
-def config_differences(old: dict, new: dict, free=()) -> list[str]:
-    """'name: old -> new' for each option that differs and is not in `free`."""
-    plain = json.loads(json.dumps(new))  # tuples are lists in a saved config
-    old = json.loads(json.dumps(old))
-    return [f"{k}: {old.get(k, '(not there)')} -> {plain.get(k, '(not there)')}"
-            for k in sorted(old.keys() | plain.keys()) if k not in free and old.get(k) != plain.get(k)]
+def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "") -> None:
+    """UserError, with what to do, if the model at `path` and what is in `folder` have other tokenizers."""
+    if ours["fingerprint"] != theirs["fingerprint"]:
+        raise UserError(f"{path} was trained with the tokenizer {theirs['name']} "
+                        f"({theirs['fingerprint'][:12]}), but {folder} is tokenised with {ours['name']} "
+                        f"({ours['fingerprint'][:12]}): the same ids mean other text\n" + (
+                            fix or "make the data with the model's tokenizer:  "
+                            f"python prepare_data.py ... --tokenizer_from={path}"))

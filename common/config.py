@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
+import math
 import os
 import re
 import runpy
@@ -22,7 +24,7 @@ import typing
 
 
 class UserError(Exception):
-    """A mistake the user can mend: scripts print it without a traceback and exit with code 2."""
+    """A mistake the user can fix: scripts print it without a traceback and exit with code 2."""
 
 
 class ConfigError(UserError):
@@ -36,10 +38,10 @@ class ConfigError(UserError):
 @dataclasses.dataclass
 class Config:
     """Base of every script's config. Subclasses list one knob per line with its default and a trailing
-    comment, which `--help` prints; `problems()` returns what contradicts itself, and derived values go into
-    `derive()`."""
+    comment, which `--help` prints; `problems()` returns what contradicts itself."""
 
     POSITIONAL: typing.ClassVar[str] = ""  # the field that takes bare arguments which are not config files
+    MAY_CHANGE: typing.ClassVar[set[str]] = set()  # options of this class that a continued run may change
 
     def __post_init__(self):
         problems = []
@@ -48,8 +50,7 @@ class Config:
                 setattr(self, key, coerce(getattr(self, key), kind, key))
             except ValueError as e:
                 problems.append(str(e))
-        problems = problems or self.problems()
-        if problems:
+        if problems := problems or self.problems():
             raise ConfigError(problems)
         self.derive()
 
@@ -57,7 +58,32 @@ class Config:
         return []
 
     def derive(self) -> None:
-        pass
+        """Fill in what follows from other options."""
+
+    def at_least(self, least: float, *names: str) -> list[str]:
+        """Problems of the options among `names` that are below `least`; of a list each item counts."""
+        said = "must not be negative" if least == 0 else f"must be at least {least}"
+        values = {n: getattr(self, n) for n in names}
+        return [f"{n} {said}, got {v}" for n, v in values.items()
+                if not all(x >= least for x in (v if isinstance(v, tuple) else (v,)))]
+
+    @classmethod
+    def default(cls, name: str):
+        return next(f.default for f in dataclasses.fields(cls) if f.name == name)
+
+    @classmethod
+    def may_change(cls) -> set[str]:
+        return set().union(*(vars(c).get("MAY_CHANGE", ()) for c in cls.__mro__))
+
+    def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
+        """'name: saved -> now' for each option that a continued run must not change: all but may_change(), or
+        but `free`. An option that did not exist when `saved` was written had its default value."""
+        free = self.may_change() if free is None else free
+        now, defaults, saved = (json.loads(json.dumps(d)) for d in (  # as saved: tuples are lists in JSON
+            dataclasses.asdict(self), {f.name: f.default for f in dataclasses.fields(self)}, saved))
+        saved = defaults | saved
+        return [f"{k}: {saved[k]} -> {now.get(k, '(no such option any more)')}"
+                for k in sorted(saved) if k not in free and saved[k] != now.get(k)]
 
 
 def option_types(cls) -> dict[str, type]:
@@ -72,7 +98,7 @@ def is_switch(kind) -> bool:
 
 def coerce(value, kind, where: str):
     """The value as `kind` (bool, int, float, str, Literal or tuple[item, ...]), or ValueError. 1e6 is an int
-    where an int is wanted; 0.5, True and "3" are not."""
+    where an int is wanted; 0.5, True and "3" are not. No number is nan, infinite, or beyond 2^62."""
     if typing.get_origin(kind) is typing.Literal:
         if isinstance(value, bool) and is_switch(kind):
             value = str(value).lower()
@@ -84,8 +110,10 @@ def coerce(value, kind, where: str):
     item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
     if item:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: expected a list of {item.__name__}, got {value!r}")
+            raise ValueError(f"{where}: expected a list of {kind_name(item)}, got {value!r}")
         return tuple(coerce(v, item, where) for v in value)
+    if type(value) in (int, float) and not (abs(value) <= 2**62 or kind is float and math.isfinite(value)):
+        raise ValueError(f"{where}: {value} is not a number that makes sense here")
     if type(value) is kind:
         return value
     if kind is float and type(value) is int:
@@ -95,22 +123,31 @@ def coerce(value, kind, where: str):
     raise ValueError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
 
 
+def kind_name(kind) -> str:
+    return "|".join(typing.get_args(kind)) or kind.__name__
+
+
 def parse(text: str, kind, where: str):
     """A flag's text as a value of `kind`."""
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
-        parts = [text] if item is str else [t for t in text.split(",") if t.strip()]
+        parts = [text] if item is str else [t.strip() for t in text.split(",") if t.strip()]
         return tuple(parse(t, item, where) for t in parts)
     if kind is bool and text.lower() in ("true", "1", "yes", "false", "0", "no"):
         return text.lower() in ("true", "1", "yes")
-    if kind in (int, float):
-        try:
-            return coerce(int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text), kind, where)
-        except (ValueError, OverflowError):
-            pass
     if kind is str or typing.get_origin(kind) is typing.Literal:
         return coerce(text, kind, where)
+    number = as_number(text)
+    if kind is float and number is not None or kind is int and number is not None and number % 1 == 0:
+        return coerce(number, kind, where)
     raise ValueError(f"{where}: expected {kind.__name__}, got '{text}'")
+
+
+def as_number(text: str) -> int | float | None:
+    try:
+        return int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text)
+    except ValueError:
+        return None
 
 
 def unknown(where: str, key: str, kinds) -> str:
@@ -136,6 +173,8 @@ def from_file(path: str, kinds: dict[str, type], problems: list[str]) -> dict:
         problems.append(f"{path}{line}: {type(e).__name__}: {e}")
         return {}
     values = {}
+    if "question" in kinds and (m := re.search(r"^# Question: (.+)$", open(path).read(), re.MULTILINE)):
+        values["question"] = m[1]
     for key, value in names.items():
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
@@ -212,27 +251,41 @@ def load(cls, argv: list[str] | None = None, base: dict | None = None):
 
 def help_text(cls) -> str:
     """The script's docstring, then every option with its default and comment, grouped by the comments
-    between."""
-    doc = sys.modules[cls.__module__].__doc__ or ""
-    lines = [doc.strip(), "", "options (config file or --name=value):"]
-    for c in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(c) or c is Config:
+    between. An option that a class redefines stands there alone."""
+    doc, seen, groups = sys.modules[cls.__module__].__doc__ or "", set(), []
+    for c in cls.__mro__:
+        if c is Config or not vars(c).get("__annotations__"):
             continue
+        lines = []
         for line in inspect.getsource(c).splitlines():
             if m := re.match(r"    # (.+)", line):
                 lines += ["", f"  {m[1]}"]
             elif m := re.match(r"    (\w+): ([^=#]+?) = (.*?)(?:  # (.*))?$", line):
-                if m[2].startswith("typing.ClassVar"):
-                    continue
-                lines.append(f"    --{m[1] + '=' + m[3].strip():<34} {m[4] or ''}".rstrip())
-    return "\n".join(lines)
+                if "ClassVar" not in m[2] and m[1] not in seen:
+                    lines.append(f"    --{m[1] + '=' + m[3].strip():<34} {m[4] or ''}".rstrip())
+        seen |= set(c.__annotations__)
+        groups.insert(0, lines)
+    return "\n".join([doc.strip(), "", "options (config file or --name=value):", *sum(groups, [])])
 
 
-def run(main, cls) -> None:
-    """What every script ends with: load the config, call main(cfg), print a user's mistake without a
-    traceback."""
+def launch(main, cls) -> None:
+    """What every script ends with: load the config (of the class cls, or that cls() returns), call main(cfg),
+    and print what a user can fix without a traceback."""
     try:
-        main(load(cls))
+        main(load(cls if isinstance(cls, type) else cls()))
+        return
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        text, code = f"error: {e}", 2
+    except KeyboardInterrupt:
+        text, code = "interrupted: all that was saved before is whole", 130
+    except BrokenPipeError:  # of `| head`
+        sys.stdout = open(os.devnull, "w")
+        text, code = "", 141
+    except OSError as e:
+        text, code = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
+    except (MemoryError, RuntimeError) as e:  # torch has an error of its own, but on a GPU only
+        if isinstance(e, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(e)):
+            raise
+        text, code = f"error: out of memory ({str(e):.150}); use a smaller --micro_batch_size or model", 2
+    print(text, file=sys.stderr)
+    sys.exit(code)

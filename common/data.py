@@ -2,10 +2,12 @@
 import hashlib
 import json
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from common import tokenizer
 from common.config import UserError
 
 
@@ -58,6 +60,23 @@ def open_tokens(folder: str, split: str, meta: dict) -> np.ndarray:
     if top >= vocab_size:
         raise DataError(f"{path} holds id {top}, but the tokenizer has {vocab_size} ids; {remake(folder)}")
     return tokens
+
+
+class Text(NamedTuple):
+    """A data folder that was opened."""
+    meta: dict
+    tok: tokenizer.Tokenizer
+    train: np.ndarray
+    val: np.ndarray
+
+
+def open_text(folder: str, train_tokens: int = 0) -> Text:
+    """The folder's tokens, of the training split the first `train_tokens` (0 = all)."""
+    meta, tok = read_meta(folder), tokenizer.load(folder)
+    train, val = (open_tokens(folder, split, meta) for split in ("train", "val"))
+    if train_tokens > len(train):
+        raise DataError(f"train_tokens={train_tokens:,}, but {folder} has {len(train):,}")
+    return Text(meta, tok, train[:train_tokens or None], val)
 
 
 class Windows:

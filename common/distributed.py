@@ -2,6 +2,7 @@
 reductions."""
 import ctypes
 import os
+import re
 import resource
 import sys
 from contextlib import nullcontext
@@ -13,9 +14,12 @@ import torch.distributed as dist
 
 from common.config import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass
 class Dist:
+    """This process among those that torchrun started; `with` it, and the group is closed at the end."""
     rank: int
     world: int
     device: torch.device
@@ -28,16 +32,27 @@ class Dist:
     def grouped(self) -> bool:
         return dist.is_initialized()
 
-    def sum(self, *values: float) -> list[float]:
-        """Sum each number over all processes, in float64. A collective: every process must call it."""
+    def reduce(self, total: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+        """The sum (or `op`) of a tensor over all processes. A collective: every process must call it. It does
+        not wait for a GPU."""
         if not self.grouped:
-            return list(values)
-        place = self.device if self.device.type == "cuda" else "cpu"  # gloo adds on the CPU
-        total = torch.tensor(values, dtype=torch.float64, device=place)
-        dist.all_reduce(total)
-        return total.tolist()
+            return total
+        total = total.to(self.device if self.device.type == "cuda" else "cpu")  # gloo adds on the CPU
+        dist.all_reduce(total, op)
+        return total
 
-    def close(self) -> None:
+    def sum(self, *values: float) -> list[float]:
+        """Each number summed over all processes, in float64."""
+        return self.reduce(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def min(self, value: float) -> float:
+        """The smallest of the processes' numbers."""
+        return self.reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MIN).item()
+
+    def __enter__(self) -> "Dist":
+        return self
+
+    def __exit__(self, *_) -> None:
         if self.grouped:
             dist.destroy_process_group()
 
@@ -47,9 +62,15 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}, but this torch sees no CUDA device; use --device=auto")
-    if device.startswith("mps") and not torch.backends.mps.is_available():
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise UserError(f"device={device}: expected auto, cpu, cuda, cuda:1 or mps")
+    if device.startswith("cuda"):
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if not gpus:
+            raise UserError(f"device={device}, but this torch sees no CUDA device; use --device=auto")
+        if int(device[5:] or 0) >= gpus:
+            raise UserError(f"device={device}, but there are {gpus} CUDA devices, cuda:0 to cuda:{gpus - 1}")
+    if device == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"device={device}, but this torch sees no Apple GPU; use --device=auto")
     return torch.device(device)
 
@@ -68,7 +89,7 @@ def setup(device: str = "auto") -> Dist:
         device = torch.device("cuda", local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 where fp32 products remain
+        torch.set_float32_matmul_precision("high")  # TF32 where fp32 matmuls remain
     if "RANK" in os.environ:
         # ten minutes is not enough when rank 0 samples or saves a large model on a slow disk
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
@@ -105,8 +126,7 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
 
 def autocast(dtype: str, device: torch.device):
     """The context for forward passes; weights stay fp32."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, kinds[dtype]) if dtype in kinds else nullcontext()
+    return nullcontext() if dtype == "fp32" else torch.autocast(device.type, DTYPES[dtype])
 
 
 # Dense 16-bit tensor FLOP/s with fp32 accumulation, from NVIDIA's data sheets. A GPU that is not here prints

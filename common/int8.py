@@ -1,10 +1,11 @@
 """INT8 modules: weights of one byte, and activations rounded to one byte, row by row, as they come.
 
-    int8.swap(model, {nn.Linear: int8.Int8Linear, nn.Embedding: int8.Int8Embedding})   # in place
+    int8.to_int8(model)   # in place
 
 A row is q * scale, with q from -127 to 127 and scale = max|row| / 127. Rows of a weight are its output
 channels (of a table, its entries); rows of an activation are tokens, so that what a token gets does not
-depend on what else is in the batch. Sums of products of q's are exact.
+depend on what else is in the batch. Sums of products of q's are exact. Scales stay in float32 whatever the
+dtype of the rest: 8 bits would be lost in theirs.
 
 Shapes: N rows of an activation, K inputs, M outputs, E experts, B batch, T time
 """
@@ -12,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from common import layers
 from common.config import UserError
 
 # torch._int_mm is oneDNN's product on x86; CUDA's takes no fewer than 17 rows, elsewhere there is none or a
@@ -68,6 +70,12 @@ class Int8Module(nn.Module):
         """The matrix that q and scale stand for, for code that does not call the module: slower."""
         return self.q * self.scale[..., None]  # (..., M, K)
 
+    def _apply(self, fn, recurse: bool = True):
+        scale = self.scale.data
+        super()._apply(fn, recurse)
+        self.scale.data = scale.to(self.scale.device)
+        return self
+
     def train(self, mode: bool = True):
         if mode:
             raise UserError("INT8 weights cannot be trained; train the checkpoint they were made from")
@@ -120,3 +128,10 @@ def swap(model: nn.Module, classes: dict) -> nn.Module:
             if type(child) in classes:
                 setattr(module, name, classes[type(child)](child, quantize))
     return model.eval()
+
+
+def to_int8(model: nn.Module) -> nn.Module:
+    """The model itself, its matrices and tables now in INT8 and never trained again. Routers stay as they
+    are, as do vectors."""
+    return swap(model, {nn.Linear: Int8Linear, layers.Linear: Int8Linear, nn.Embedding: Int8Embedding,
+                        layers.Embedding: Int8Embedding, layers.ExpertLinear: Int8Experts})

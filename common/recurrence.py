@@ -1,12 +1,12 @@
-"""Recurrences at the speed of products: the gated context vector, and the linear one as a parallel scan.
+"""Recurrences at the speed of matmuls: the gated context vector, and the linear one as a parallel scan.
 
     h, c = gated_loop(x, c, ...)   # in the loop only what depends on the previous context
     c = linear_scan(f, b, c)       # c_t = f_t c_{t-1} + b_t for all t, in about 3 sqrt(T) operations
 
 A loop over positions under autograd is slow for what it repeats at each of them: gradients of the weights are
-added up T times, and each small operation is recorded. Here forward and backward run without a record and
-keep what later positions need; the gradients of the weights are one product each over all positions at the
-end. On CUDA a loop is captured as a graph, so that its thousands of kernels are one launch.
+summed T times, and each small operation is recorded. Here forward and backward run unrecorded and keep what
+later positions need; the gradient of each weight is one matmul over all positions at the end. On CUDA a loop
+is captured as a graph, so that its thousands of kernels are one launch.
 
 Shapes: B batch, T tokens, H hidden width, K context width, L layers
 """
@@ -20,6 +20,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 LIMIT = 10.0  # the context is clamped to +-LIMIT
 EPS = 1e-5  # of its LayerNorm
 GRAPHS = {}  # (loop, what it was captured for) -> (inputs, graph, outputs)
+
+
+def one_by_one(x, layer) -> bool:
+    """Whether a recurrence reads x (B, T, C) token by token: a single token, which also compiles, and with
+    INT8 layers, which have no float weights to form all positions from."""
+    return not torch.is_grad_enabled() and (x.size(1) == 1 or not isinstance(layer, torch.nn.Linear))
+
+
+def step_by_step(step, x, h, c):
+    """h, c = step(x_t, h, c) for each token of x (B, T, C): all h (B, T, K), and the last h and c."""
+    rows = []
+    for x_t in x.unbind(dim=1):
+        h, c = step(x_t, h, c)
+        rows.append(h)
+    return torch.stack(rows, dim=1), h, c
 
 
 def graphed(loop, tensors: list) -> list:

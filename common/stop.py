@@ -1,11 +1,16 @@
 """Stopping without losing work."""
+import math
 import signal
+import time
 
 
 class StopRequest:
-    """SIGTERM and Ctrl-C ask the loop to finish its step, save and exit; a second Ctrl-C exits at once."""
+    """SIGTERM, Ctrl-C and the end of the session's minutes ask the loop to finish its step, save and exit; a
+    second Ctrl-C exits at once."""
 
-    requested = False
+    def __init__(self, minutes: float = 0.0):
+        self.requested = False  # by a signal: evaluations stop too
+        self.deadline = time.perf_counter() + 60 * minutes if minutes else math.inf
 
     def __enter__(self):
         self.old = {s: signal.signal(s, self.handle) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -19,3 +24,7 @@ class StopRequest:
     def __exit__(self, *_):
         for number, handler in self.old.items():
             signal.signal(number, handler)
+
+    def agreed(self, dist) -> bool:
+        """Whether any process wants to stop, so that all do at the same step. A collective."""
+        return dist.sum(float(self.requested or time.perf_counter() > self.deadline))[0] > 0

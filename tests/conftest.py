@@ -1,10 +1,15 @@
 """Small real corpora, made by prepare_data.py from English that every Python ships: pydoc's help topics."""
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import prepare_data
+from common.data import Windows, open_text
+from common.distributed import Dist
+from model import LM
+from muon import make_optimizer
 from train import TrainConfig
 
 torch.set_num_threads(1)  # the models are tiny, and threads of several processes get in each other's way
@@ -45,3 +50,14 @@ def small(corpus, tmp_path):
             "epochs": 0.0, "max_steps": 20, "eval_interval": 10, "log_interval": 1,
             "sample_tokens": 8} | options)
     return make
+
+
+def started(cfg: TrainConfig, rank: int = 0, world: int = 1) -> SimpleNamespace:
+    """What a loop on the training kit needs, without a run folder."""
+    text, dist = open_text(cfg.data), Dist(rank, world, torch.device("cpu"))
+    cfg = cfg.resolved(text.meta)
+    torch.manual_seed(cfg.seed)
+    model = LM(cfg)
+    return SimpleNamespace(cfg=cfg, text=text, dist=dist, model=model, optimizer=make_optimizer(model, cfg),
+                           scaler=torch.amp.GradScaler("cpu", enabled=False),
+                           windows=Windows(text.train, cfg.max_seq_len, cfg.seed))

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 import bench
-from bench import BenchConfig, Row
-from common import data, tokenizer
+from bench import BenchConfig
+from common import data, race, tokenizer
 from common.config import ConfigError, UserError
+from common.race import Row
 from model import LM
 
 STAND_IN = '''
@@ -70,11 +71,12 @@ def test_races_with_a_peer_that_fails_to_compile_and_then_dies(tmp_path, monkeyp
     (tmp_path / "standin").mkdir()
     (tmp_path / "standin" / "model.py").write_text(STAND_IN)
     tiny, out = bench.shape_of("tiny"), tmp_path / "bench.json"
-    monkeypatch.setattr(bench, "shape_of", lambda name: tiny)
-    result = bench.main(BenchConfig(
-        shapes="tiny,generate", peer=(str(tmp_path / "standin"),), rounds=2, steps=1, device="cpu",
-        dtype="fp32", compile="false", json=str(out)))
-    assert json.loads(out.read_text()) == json.loads(json.dumps(result))
+    monkeypatch.setattr(bench, "shape_of", lambda name, **_: tiny)
+    row = bench.main(BenchConfig(
+        shapes=("tiny", "generate"), peer=(str(tmp_path / "standin"),), rounds=2, steps=1, device="cpu",
+        dtype="fp32", compile="false", json=str(out), out_dir=str(tmp_path)))
+    result = row["result"]
+    assert json.loads(out.read_text()) == json.loads(json.dumps({"config": row["config"]} | result))
     ours, shipped, compiled, text, peer_text = result["rows"]
     limits = result["machine"]["limits"]
     assert limits.keys() == {"fp32", "bf16", "copy"} and all(v > 0 for v in limits.values())
@@ -139,7 +141,7 @@ def test_written_out_models_are_those_they_are_raced_against():
     shape = bench.Shape(3, shape.model | {"vocab_size": 300, "d_model": 8, "d_ff": 12, "context_dim": 5})
     ours, tokens = bench.LM(bench.ModelConfig(**shape.model)), torch.randint(300, (2, 3, 11))
     plain, loss_of = bench.load_peer("loop", shape, 0.0)
-    trunk = ours.blocks[0]
+    trunk = ours.trunk
     theirs = [ours.embed, *trunk.layers, trunk.gates, trunk.context_norm, ours.head]
     with torch.no_grad():
         plain.norm.weight.mul_(6)  # so that some contexts reach the clamp
@@ -156,15 +158,25 @@ def test_written_out_models_are_those_they_are_raced_against():
 
 
 def test_arms_without_attention_take_a_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "shape_of", lambda name: bench.Shape(2, (
-        bench.SCAN if name == "scan1" else bench.GATED) | {"max_seq_len": 6}))
+    real = bench.shape_of
+    monkeypatch.setattr(
+        bench,
+        "shape_of",
+        lambda name, **changes: (
+            real(name, **changes)
+            ._replace(batch=2)
+            ._replace(model=real(name, **changes).model | {"max_seq_len": 6})
+        ),
+    )
     cfg, runners = BenchConfig(device="cpu", dtype="fp32", compile="false", steps=1), {}
     folder = bench.write_data(str(tmp_path), 1000)
     for name in ("context512", "scan1"):
-        for arm in bench.arms_of(name, cfg, {}):
+        for arm in bench.arms_of(name, cfg, {"dtype": "fp32"}):
             runners[name, arm.label] = arm.make(cfg, arm.shape, folder, **arm.options)
     assert [label for name, label in runners if name == "context512"] == [
-        "gated", "all in the loop: fp32", "nn.LSTM: fp32", "nn.LSTM: bf16"]
+        "gated", "all in the loop: fp32", "nn.LSTM: fp32"]
+    fast = bench.arms_of("context512", cfg, {"dtype": "bf16"})
+    assert [arm.label for arm in fast][2:] == ["nn.LSTM: fp32", "nn.LSTM: bf16"]
     assert [label for name, label in runners if name == "scan1"] == ["scan", "gated", "all in the loop: fp32"]
     assert all(runner.measure() > 0 for runner in runners.values())
     flops = {label: runner.flops for (_, label), runner in runners.items()}
@@ -194,26 +206,32 @@ def test_decoding_counts_what_each_state_keeps():
 
 def test_attention_reads_in_windows_but_a_token_then_sees_all():
     """What decode() relies on: the caches hold every key, and one query meets them all."""
-    model = bench.LM(bench.ModelConfig(**bench.NEWLLM | {"n_layers": 1, "pos": "rope"})).eval()
+    shape = bench.shape_of("decoding", config="newllm_transformer", n_layers=1)
+    model = bench.LM(bench.ModelConfig(**shape.model)).eval()
     tokens = torch.randint(1000, (1, 400))
     with torch.no_grad():  # with one layer keys do not depend on what was seen
         state = model.init_state()
-        model.blocks[0].mixer.window = 256
+        model.trunk[0].mixer.window = 256
         model.hidden(tokens[:, :399], state)
         logits = model.step(tokens[:, 399:], state)
-        model.blocks[0].mixer.window = 0
+        model.trunk[0].mixer.window = 0
         assert torch.allclose(logits, model(tokens)[0][:, -1], atol=1e-5)
 
 
 def test_decoding_from_end_to_end_with_an_arm_that_fails(tmp_path, monkeypatch, capsys):
-    context, learned = bench.GATED | {"d_model": 16}, {"vocab_size": 100, "max_seq_len": 16, "n_heads": 2}
+    context = bench.shape_of("decoding", d_model=16).model
+    learned = {"vocab_size": 100, "max_seq_len": 16, "n_heads": 2}
     monkeypatch.setattr(bench, "arms_of", lambda *_: [
         bench.Arm(name, bench.decode, bench.Shape(1, model))
         for name, model in (("context", context), ("learned", learned))])
     out = tmp_path / "bench.json"
-    result = bench.main(BenchConfig(shapes="decoding", lengths=(30,), plot=str(tmp_path / "d.png"),
-                                    json=str(out), device="cpu"))
-    assert json.loads(out.read_text()) == json.loads(json.dumps(result)) and (tmp_path / "d.png").exists()
+    row = bench.main(BenchConfig(shapes=("decoding",), lengths=(30,), plot=str(tmp_path / "d.png"),
+                                 json=str(out), device="cpu", out_dir=str(tmp_path)))
+    result = row["result"]
+    assert (
+        json.loads(out.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
+        and (tmp_path / "d.png").exists()
+    )
     good, bad = result["rows"]
     assert good["state_bytes"] == 1024 and good["peak_gb"] > good["grown_gb"] and not good["error"]
     assert "learned positions end at max_seq_len=16" in bad["error"]
@@ -242,15 +260,15 @@ def test_slopes_table_and_plot(tmp_path):
 def test_warm_up_goes_on_until_steps_are_steady(monkeypatch):
     def steps(*seconds):
         times = iter(seconds)
-        monkeypatch.setattr(bench, "timed", lambda *_: next(times))
-        assert bench.warm_up(None, None, 7) == 7
+        monkeypatch.setattr(race, "timed", lambda *_: next(times))
+        assert race.warm_up(None, None, 7) == 7
         return len(seconds) - len(list(times))
 
     assert steps(9, 1, 1, 1) == 3 and steps(9, 9, 3, 1, 5, 1.1, 1) == 3
     assert steps(1, 1, 5, 1.1, 1) == 4 and steps(*([1] + [2] * 20)) == 8
     for seconds, expected in ((0.1, 10), (3.0, 1)):
-        monkeypatch.setattr(bench, "timed", lambda *_, seconds=seconds: seconds)
-        assert bench.warm_up(None, None, 0) == expected
+        monkeypatch.setattr(race, "timed", lambda *_, seconds=seconds: seconds)
+        assert race.warm_up(None, None, 0) == expected
 
 
 @pytest.mark.parametrize("vocab_size", [512, 8192, 50257])
@@ -312,22 +330,22 @@ def test_refusals_say_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"(?s)not installed.*pip install transformers"):
         bench.main(BenchConfig(peer=("transformers",)))
-    with pytest.raises(ConfigError, match="no shape 'exp8'; there are exp1, exp2") as error:
-        BenchConfig(shapes="exp8,tiny", rounds=0, dropout=1.0)
+    with pytest.raises(ConfigError, match="shapes: expected one of exp1, exp2, .*; got 'exp8'"):
+        BenchConfig(shapes=("exp8", "tiny"))
     with pytest.raises(ConfigError, match="plot draws the shape decoding") as other:
         BenchConfig(plot="d.png", lengths=(0,))
-    assert "lengths must be 1 or more" in str(other.value)
+    assert "lengths must be at least 1" in str(other.value)
+    with pytest.raises(ConfigError) as error:
+        BenchConfig(rounds=0, dropout=1.0)
     assert "rounds must be at least 1" in str(error.value) and "dropout must be in" in str(error.value)
 
 
 def test_a_clock_around_each_piece_leaves_the_rest(tmp_path, monkeypatch):
     """Time passes only in steps of one per reading of the clock, so the share is a count."""
-    for owner, name in ((torch.Tensor, "backward"), (torch.nn.utils, "clip_grad_norm_")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
     shape = bench.shape_of("tiny")
     runner = bench.overhead(BenchConfig(device="cpu", dtype="fp32", compile="false", steps=2), shape,
                             bench.write_data(str(tmp_path), 512))
     ticks = itertools.count()
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(ticks))
-    # two steps, four pieces each: 8 ticks inside pieces of the 17 between the first and the last reading
-    assert runner.measure() == pytest.approx(100 * (1 - 8 / 17)) and math.isfinite(runner.measure())
+    monkeypatch.setattr(race.time, "perf_counter", lambda: next(ticks))
+    # two steps, three pieces each: 6 ticks inside pieces of the 13 between the first and the last reading
+    assert runner.measure() == pytest.approx(100 * (1 - 6 / 13)) and math.isfinite(runner.measure())

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import train
-from common import memory
 from common.config import ConfigError, load
+from common.fit import Needs
 from common.recurrence import gated_loop, linear_scan
+from common.step import backward
 from model import LM, ModelConfig
 from muon import parameter_groups
+from tests.conftest import started
 from tests.test_model import tokens
 
 SMALL = {"vocab_size": 61, "max_seq_len": 24, "d_model": 32, "n_layers": 3, "d_ff": 48, "pos": "none"}
@@ -44,7 +47,7 @@ def joined(model, *args, **options):
 
 
 def relative(a, b) -> float:
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+    return float((a - b).detach().norm() / b.detach().norm().clamp(min=1e-12))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -69,7 +72,7 @@ def test_parameter_counts_of_the_configs(name, parameters):
 
 def written_out(model: LM, ids):
     """FACTS' equations, token by token, with a matrix for each gate: logits (B, T, V), contexts (B, T, K)."""
-    trunk, K = model.blocks[0], model.blocks[0].width
+    trunk, K = model.trunk, model.trunk.width
     w_f, w_i, w_u = trunk.gates.weight.split(K)
     b_f, b_i, b_u = trunk.gates.bias.split(K)
     norm, context, sigmoid = trunk.context_norm, torch.zeros(ids.size(0), K), torch.sigmoid
@@ -89,7 +92,7 @@ def written_out(model: LM, ids):
 def test_logits_and_gradients_are_those_of_the_equations():
     model, ids, targets = make(**GATED, context_dim=20), tokens(4, 15), tokens(4, 15, seed=2)
     with torch.no_grad():
-        model.blocks[0].context_norm.weight.mul_(8)  # so that some contexts reach the clamp
+        model.trunk.context_norm.weight.mul_(8)  # so that some contexts reach the clamp
     expected, contexts = written_out(model, ids)
     assert 0.02 < (contexts.abs() == 10).float().mean() < 0.9
     state = model.init_state()
@@ -152,7 +155,7 @@ def test_scan_is_safe_where_products_of_gates_vanish(gate):
 
 def test_memory_of_the_scan_is_linear_in_time_and_half_lives_cover_the_context():
     model = LM(ModelConfig(**SMALL | SCAN | {"max_seq_len": 1024, "context_dim": 11}))
-    half_lives = -1 / torch.log2(torch.sigmoid(model.blocks[0].mixer.forget_bias.double()))
+    half_lives = -1 / torch.log2(torch.sigmoid(model.trunk[0].mixer.forget_bias.double()))
     assert torch.allclose(half_lives, 2.0 ** torch.arange(11, dtype=torch.float64), rtol=1e-4)
 
 
@@ -162,7 +165,7 @@ def test_memory_of_the_scan_is_linear_in_time_and_half_lives_cover_the_context()
 
 def test_lstm_is_torchs():
     model, x = make(**LSTM, context_dim=20), torch.randn(3, 9, 32)
-    mixer, peer = model.blocks[0].mixer, nn.LSTM(32, 20, batch_first=True)
+    mixer, peer = model.trunk[0].mixer, nn.LSTM(32, 20, batch_first=True)
     with torch.no_grad():
         peer.weight_ih_l0.copy_(mixer.gates.weight)
         peer.weight_hh_l0.copy_(mixer.recur.weight)
@@ -195,7 +198,9 @@ def test_later_tokens_change_nothing_before(options):
     b[:, 9:] = (b[:, 9:] + 1) % 61
     with torch.no_grad():
         x, y = model(a)[0], model(b)[0]
-    assert torch.equal(x[:, :9], y[:, :9]) and not torch.allclose(x[:, 9], y[:, 9])
+    # experts take their rows in one matmul, whose rounding may depend on how many there are
+    assert torch.allclose(x[:, :9], y[:, :9], atol=1e-6 if "n_experts" in options else 0, rtol=0)
+    assert not torch.allclose(x[:, 9], y[:, 9])
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=IDS)
@@ -213,13 +218,13 @@ def test_every_parameter_has_a_rule_a_group_and_a_gradient(options):
 
 
 def test_muon_takes_each_gate_for_itself():
-    for options, name, n in ((GATED, "gates", 3), (SCAN, "mixer.gates", 3), (LSTM, "mixer.gates", 4),
-                             (LSTM, "mixer.recur", 4)):
+    for options, name, n in ((GATED, "gates", 3), (SCAN, "0.mixer.gates", 3),
+                             (LSTM, "0.mixer.gates", 4), (LSTM, "0.mixer.recur", 4)):
         cfg = train.TrainConfig(**SMALL | options, context_dim=20, optimizer="muon")
         model = LM(cfg)
         group = parameter_groups(model, cfg)[0]
         rows = {id(p): r for p, r in zip(group["params"], group["parts"], strict=True)}
-        assert rows[id(model.blocks[0].get_submodule(name).weight)] == [20] * n
+        assert rows[id(model.trunk.get_submodule(name).weight)] == [20] * n
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=IDS)
@@ -264,14 +269,15 @@ def test_what_makes_no_sense_is_refused_by_name(options, message):
 
 
 def step_gradients(cfg):
-    job = train.load_job(cfg, train.distributed.setup("cpu"))
-    loss, norm = train.gradients(job, train.wrap(job))
-    return loss, {name: p.grad for name, p in job.model.named_parameters()}
+    job = started(cfg)
+    batches = [job.windows.batch(i, 4, torch.device("cpu")) for i in (0, 4)]
+    loss = backward(job.model, batches, job.dist, "fp32", job.scaler, tbptt=cfg.tbptt)
+    return loss.item(), {name: p.grad for name, p in job.model.named_parameters()}
 
 
 @pytest.mark.parametrize("options", [VARIANTS[i] for i in (0, 3, 5)], ids=[IDS[i] for i in (0, 3, 5)])
 def test_truncated_back_propagation(options, small):
-    cfg = small(**SMALL | {"vocab_size": 0} | options, micro_batch_size=4)
+    cfg = small(**SMALL | {"vocab_size": 0} | options)
     loss, whole = step_gradients(cfg)
     for tbptt in (24, 100, 5):
         loss_t, grads = step_gradients(dataclasses.replace(cfg, tbptt=tbptt))
@@ -279,12 +285,11 @@ def test_truncated_back_propagation(options, small):
         error = max(relative(grads[name], g) for name, g in whole.items())
         assert error < 1e-5 if tbptt >= 24 else error > 1e-3
     # by hand: pieces of 5, whose states are cut off from what came before
-    job = train.load_job(cfg, train.distributed.setup("cpu"))
+    job = started(cfg)
     x, y = job.windows.batch(0, 8, torch.device("cpu"))
     state = job.model.init_state()
     for a, b in zip(x.split(5, dim=1), y.split(5, dim=1), strict=True):
         (job.model(a, b, state)[0] * a.size(1) / 24).backward()
-    torch.nn.utils.clip_grad_norm_(job.model.parameters(), cfg.grad_clip)
     for name, p in job.model.named_parameters():
         assert relative(grads[name], p.grad) < 1e-4, name
 
@@ -292,7 +297,7 @@ def test_truncated_back_propagation(options, small):
 def test_memory_of_truncated_back_propagation_does_not_grow_with_length(small):
     def per_sequence(**options):
         cfg = small(vocab_size=100, dtype="bf16", pos="none", **GATED | options)
-        return memory.Needs(lambda: LM(cfg), cfg, "bf16", torch.device("cpu")).per_sequence
+        return Needs(LM, cfg, "bf16", torch.device("cpu")).per_sequence
 
     base = per_sequence(max_seq_len=64)
     assert per_sequence(max_seq_len=100_000, tbptt=64) == base
@@ -308,7 +313,7 @@ def test_sessions_of_limited_length_give_the_identical_curve(options, small, mon
     cfg = small(**{"pos": "none", "max_steps": 12, "eval_interval": 5} | options)
     train.main(cfg)
     clock = [0.0]
-    monkeypatch.setattr(train.time, "perf_counter", lambda: clock.__setitem__(0, clock[0] + 1) or clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.__setitem__(0, clock[0] + 1) or clock[0])
     parts = dataclasses.replace(cfg, name="parts", max_minutes=9 / 60)  # of a clock that runs by calls
     summaries = [train.main(parts)]
     while summaries[-1]["status"] == "stopped":

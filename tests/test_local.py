@@ -6,8 +6,10 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 import model as model_module
+from common.attention import fast_attention, flex_mask
 from common.config import ConfigError
-from model import Attention, KVCache, ModelConfig, flex_mask
+from common.generation import KVCache
+from model import ModelConfig, attention
 from tests.test_model import tiny, tokens
 
 VARIANTS = [{"pos": "rope", "n_kv_heads": 2, "qk_norm": True}, {"pos": "none", "norm": "rmsnorm"},
@@ -27,8 +29,8 @@ def dense(q, k, v, window):
     return torch.cat(rows, 2)
 
 
-def attention(window, flash=True):
-    return Attention(ModelConfig(d_model=32, n_heads=4, flash=flash), window)
+def attend(q, k, v, window, dropout, flash):
+    return (fast_attention if flash else attention)(q, k, v, window, None, dropout, None)
 
 
 def random_qkv(T, S, B=2, H=4, D=8):
@@ -42,7 +44,7 @@ def random_qkv(T, S, B=2, H=4, D=8):
     (64, 30, 93), (64, 200, 263), (5, 2, 6)])
 def test_blocks_equal_the_dense_mask(flash, window, T, S):
     ours, theirs = random_qkv(T, S), random_qkv(T, S)
-    got = attention(window, flash).attend(*ours, 0.0)
+    got = attend(*ours, window, 0.0, flash)
     expected = dense(*theirs, window)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
@@ -63,8 +65,7 @@ def test_dropout_drops_weights_and_keeps_the_mean(flash):
     q, k, v = random_qkv(150, 150, B=1)
     torch.manual_seed(0)
     with torch.no_grad():
-        layer = attention(64, flash)
-        draws = torch.stack([layer.attend(q, k, v, 0.5) for _ in range(400)])
+        draws = torch.stack([attend(q, k, v, 64, 0.5, flash) for _ in range(400)])
         expected = dense(q, k, v, 64)
     error = draws.std(0) / math.sqrt(400)
     assert (error > 0).all()
@@ -81,8 +82,8 @@ def test_a_model_with_windows_equals_one_with_dense_masks(options, flash, monkey
     ours_loss, _ = ours(x, y)
     ours_loss.backward()
     with monkeypatch.context() as m:
-        m.setattr(model_module.Attention, "attend",
-                  lambda self, q, k, v, dropout: dense(q, k, v, self.window or 90))
+        for name in ("attention", "fast_attention"):
+            m.setattr(model_module, name, lambda q, k, v, window, *_: dense(q, k, v, window or 90))
         theirs_loss, _ = theirs(x, y)
         theirs_loss.backward()
     torch.testing.assert_close(ours_loss, theirs_loss)
@@ -153,7 +154,7 @@ def test_a_fixed_state_goes_on_as_the_growing_one(options, length):
 
 def test_memory_of_training_is_linear_in_length():
     """What autograd keeps doubles with T, and no tensor made on the way grows with T squared."""
-    layer, kept, biggest = attention(64), {}, []
+    kept, biggest = {}, []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -168,11 +169,11 @@ def test_memory_of_training_is_linear_in_length():
             sizes = []
             hooks = (lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x)
             with torch.autograd.graph.saved_tensors_hooks(*hooks):
-                y = layer.attend(q, k, v, dropout)
+                y = attend(q, k, v, 64, dropout, flash=True)
             kept[T] = sum(sizes)
             with Watch():
                 y.sum().backward()
-                layer.attend(q, k, v, dropout)
+                attend(q, k, v, 64, dropout, flash=True)
         assert 4 * 2048 * 64 < kept[2048] and kept[4096] < 2.02 * kept[2048]
     assert max(biggest) <= 4 * 4096 * 3 * 64  # H T T would be 64 million
 
@@ -194,7 +195,7 @@ def test_contradictions_are_refused(options, message):
 
 def test_every_nth_layer_is_global():
     model = tiny(window=4, global_every=3, n_layers=7)
-    assert [b.mixer.window for b in model.blocks] == [4, 4, 0, 4, 4, 0, 4]
+    assert [b.mixer.window for b in model.trunk] == [4, 4, 0, 4, 4, 0, 4]
     x = tokens(1, 20)
     assert not torch.allclose(model(x)[0], tiny(n_layers=7)(x)[0])
     torch.testing.assert_close(model(x[:, :4])[0], tiny(n_layers=7)(x[:, :4])[0])  # nothing is out of reach

@@ -19,8 +19,10 @@ from transformers import (
 
 import model as model_module
 from common.config import ConfigError, load
-from model import LM, KVCache, ModelConfig, rope_angles, rotate, sample_token
-from train import TrainConfig, lr_fraction
+from common.generation import KVCache, sample_token
+from model import LM, ModelConfig, rope_angles, rotate
+from muon import lr_fraction
+from train import TrainConfig
 
 VARIANTS = [
     {},
@@ -32,10 +34,12 @@ VARIANTS = [
 ]
 
 
+TINY = {"vocab_size": 61, "max_seq_len": 24, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48}
+
+
 def tiny(seed=0, **options) -> LM:
     torch.manual_seed(seed)
-    small = {"vocab_size": 61, "max_seq_len": 24, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48}
-    model = LM(ModelConfig(**small | options)).eval()
+    model = LM(ModelConfig(**TINY | options)).eval()
     for p in model.parameters():  # larger than at initialisation, so that every part matters in a comparison
         p.data += 0.1 * torch.randn_like(p)
     return model
@@ -86,7 +90,10 @@ def test_a_parameter_without_a_rule_is_refused(monkeypatch):
             self.mystery = nn.Parameter(torch.empty(3, 3))
 
     monkeypatch.setattr(model_module, "FeedForward", Odd)
-    with pytest.raises(AssertionError, match="no initialisation rule.*mystery"):
+    with pytest.raises(
+        AssertionError,
+        match=r"trunk.0.ff.mystery \(3, 3\) has no Spec .*add 'mystery' to the `specs` of the layer",
+    ):
         tiny()
 
 
@@ -113,7 +120,7 @@ def test_logits_equal_gpt2_of_transformers():
     weights = {"wte.weight": ours.embed.weight, "wpe.weight": ours.pos_embed.weight,
                "ln_f.weight": ours.final_norm.weight, "ln_f.bias": ours.final_norm.bias}
     for i, (a, b) in itertools.product(range(2), names.items()):
-        layer = ours.blocks[i].get_submodule(a)
+        layer = ours.trunk[i].get_submodule(a)
         matrix = isinstance(layer, nn.Linear)  # theirs is (in, out)
         weights[f"h.{i}.{b}.weight"] = layer.weight.T if matrix else layer.weight
         weights[f"h.{i}.{b}.bias"] = layer.bias
@@ -131,7 +138,7 @@ def test_logits_equal_llama_of_transformers():
         rope_parameters={"rope_type": "default", "rope_theta": 5000.0})).eval()
     weights = {"model.embed_tokens.weight": ours.embed.weight, "model.norm.weight": ours.final_norm.weight,
                "lm_head.weight": ours.head.weight}
-    for i, block in enumerate(ours.blocks):
+    for i, block in enumerate(ours.trunk):
         q, k, v = block.mixer.qkv.weight.split([32, 16, 16])
         gate, up = block.ff.up.weight.chunk(2)
         weights |= {f"model.layers.{i}.{name}.weight": w for name, w in (
@@ -242,7 +249,7 @@ def test_cached_and_uncached_generation_agree(options):
 
 def test_generation_goes_on_past_learned_positions():
     model = tiny(max_seq_len=8)
-    with pytest.warns(UserWarning, match="past max_seq_len=8: going on from the last 4 tokens"):
+    with pytest.warns(UserWarning, match="past max_seq_len=8: continuing from the last 4 tokens"):
         cached = torch.cat(list(model.generate(tokens(2, 3), 20, temperature=0)), 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

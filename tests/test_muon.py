@@ -13,7 +13,7 @@ import muon
 import train
 from common.config import load
 from model import LM
-from muon import Muon, orthogonalize, parameter_groups
+from muon import Muon, make_optimizer, orthogonalize, parameter_groups
 
 
 def config(**options):
@@ -208,7 +208,7 @@ def test_every_parameter_is_in_one_group_by_rule():
     names = {id(p): n for n, p in model.named_parameters()}
     inside = {k: sorted(names[id(p)] for p in g["params"]) for k, g in groups.items()}
     assert inside["embeddings"] == ["embed.weight", "pos_embed.weight"] and inside["head"] == ["head.weight"]
-    assert inside["matrices"] == sorted(f"blocks.{i}.{n}.weight" for i in (0, 1) for n in
+    assert inside["matrices"] == sorted(f"trunk.{i}.{n}.weight" for i in (0, 1) for n in
                                         ("mixer.qkv", "mixer.proj", "ff.up", "ff.down"))
     assert sorted(sum(inside.values(), [])) == sorted(names.values())
     assert all(n.endswith("bias") or "norm" in n for n in inside["scalars"])
@@ -223,7 +223,7 @@ def test_every_parameter_is_in_one_group_by_rule():
 def test_a_parameter_without_a_rule_stops():
     model = LM(config())
     model.cube = torch.nn.Parameter(torch.zeros(2, 2, 2))
-    with pytest.raises(AssertionError, match=r"no parameter group for cube \(2, 2, 2\)"):
+    with pytest.raises(AssertionError, match=r"cube \(2, 2, 2\) has no Spec"):
         parameter_groups(model, config())
 
 
@@ -254,9 +254,9 @@ def test_reused_parameters_have_their_groups_too():
     assert all(n.endswith(vectors) for n in inside["scalars"])
     rows = dict(zip((names[id(p)] for p in groups["matrices"]["params"]), groups["matrices"]["parts"],
                     strict=True))
-    assert rows["blocks.0.mixer.qkv.b.weight"] == [32, 32, 32] and rows["blocks.0.mixer.qkv.a.weight"] == [8]
-    assert rows["blocks.0.ff.pool.up.b.weight"] == [48, 48] and rows["blocks.1.adapter.a.weight"] == [4]
-    optimizer = train.make_optimizer(cfg, model)
+    assert rows["trunk.0.mixer.qkv.b.weight"] == [32, 32, 32] and rows["trunk.0.mixer.qkv.a.weight"] == [8]
+    assert rows["trunk.0.ff.pool.up.b.weight"] == [48, 48] and rows["trunk.1.adapter.a.weight"] == [4]
+    optimizer = make_optimizer(model, cfg)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -14,7 +14,9 @@ import train
 from common import checkpoint, int8
 from common.checkpoint import CheckpointError
 from common.config import ConfigError, UserError
-from model import ExpertLinear, Linear, load_model, to_int8
+from common.int8 import to_int8
+from common.layers import Embedding, ExpertLinear, Linear
+from model import load_model
 from quantize import QuantizeConfig
 from tests import test_context
 from tests.test_generate import joined
@@ -37,7 +39,7 @@ def reference(model):
     for module in model.modules():
         if type(module) in (Linear, ExpertLinear):
             module.register_forward_pre_hook(lambda _, args: (rounded(args[0]).float(), *args[1:]))
-        if type(module) in (Linear, ExpertLinear, nn.Embedding) and module.weight not in seen:
+        if type(module) in (Linear, ExpertLinear, Embedding) and module.weight not in seen:
             seen.add(module.weight)
             module.weight.data = rounded(module.weight).float()
     return model, seen
@@ -179,18 +181,18 @@ def quantized(trained, tmp_path, **options):
 def test_from_a_run_to_text(trained, tmp_path, capsys):
     folder, result = quantized(trained, tmp_path, speed_tokens=4)
     text, path = capsys.readouterr().out, f"{folder}/int8.pt"
-    summary, fp32, ours = trained[1], result["fp32"], result["int8"]
-    assert fp32["loss"] == pytest.approx(summary["best_val_loss"], rel=1e-5)
-    assert fp32["bits_per_byte"] == pytest.approx(summary["best_val_bits_per_byte"], rel=1e-5)
-    assert summary["best_val_perplexity"] < 150, "it has learned something, of 400 tokens"
+    summary, (fp32, ours) = trained[1], (result["result"][key] for key in ("fp32", "int8"))
+    assert fp32["loss"] == pytest.approx(summary["result"]["loss"], rel=1e-5)
+    assert fp32["bits_per_byte"] == pytest.approx(summary["result"]["bits_per_byte"], rel=1e-5)
+    assert summary["result"]["perplexity"] < 150, "it has learned something, of 400 tokens"
     assert fp32["perplexity"] != ours["perplexity"] == pytest.approx(fp32["perplexity"], rel=0.01)
-    assert fp32["weight_bytes"] == 4 * summary["parameters"]
+    assert fp32["weight_bytes"] == 4 * summary["counts"]["parameters"]
     assert ours["weight_bytes"] < 0.3 * fp32["weight_bytes"]  # biases and scales show in a model so small
     assert ours["weight_bytes"] < os.path.getsize(path) == ours["file_bytes"] < ours["weight_bytes"] + 2e4
     assert min(r["tokens_per_second"] for r in (fp32, ours)) > 0
     floats = sum(p.numel() for p in load_model(folder)[0].parameters() if p.dim() == 1)
-    assert sum(result["kept_bytes"].values()) == 4 * floats
-    for shown in ("loss", "perplexity", "tok/s", "final_norm.weight", "blocks.*.mixer.qkv.bias", path):
+    assert sum(result["result"]["kept_bytes"].values()) == 4 * floats
+    for shown in ("loss", "perplexity", "tok/s", "final_norm.weight", "trunk.*.mixer.qkv.bias", path):
         assert shown in text
 
     saved = checkpoint.load(path, keys=("model", "config", "tokenizer"), int8=True)
@@ -207,7 +209,7 @@ def test_what_is_refused(trained, tmp_path, corpus):
         quantize.main(QuantizeConfig(checkpoint=folder, device="cpu"))
     with pytest.raises(UserError, match="int8.pt is in INT8 already, made from .*best.pt"):
         quantize.main(QuantizeConfig(checkpoint=path, device="cpu"))
-    with pytest.raises(UserError, match="trained with the tokenizer bpe:400, but .* tokenised with bytes"):
+    with pytest.raises(UserError, match=r"trained with the tokenizer bpe:400 .*but .* tokenised with bytes"):
         quantize.main(QuantizeConfig(checkpoint=f"{folder}/best.pt", data=corpus, device="cpu"))
     with pytest.raises(ConfigError, match="speed_tokens must not be negative, got -1"):
         QuantizeConfig(speed_tokens=-1)

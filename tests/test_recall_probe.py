@@ -13,11 +13,12 @@ import torch.nn.functional as F
 
 import recall_probe
 from common.config import ConfigError, UserError, load
-from common.runlog import read_jsonl
+from common.distributed import Dist
+from common.files import read_rows
 from model import LM
 from recall_probe import TEST, TRAIN, VALIDATION, RecallConfig, sequences, training_batch
 
-SMALL = {"mixers": "attention", "sizes": (32,), "pairs": (1, 2), "seq_len": 8, "vocab_size": 16,
+SMALL = {"mixers": ("attention",), "sizes": (32,), "pairs": (1, 2), "seq_len": 8, "vocab_size": 16,
          "batch_size": 32, "steps": 300, "eval_interval": 10, "eval_sequences": 64, "lrs": (2e-2,),
          "stop_at": 0.95, "device": "cpu"}
 
@@ -67,7 +68,7 @@ def test_gaps_follow_the_power_law(power):
 
 def test_batches_are_a_function_of_seed_and_step():
     cfg = RecallConfig()
-    again = training_batch(dataclasses.replace(cfg, sizes=(8,), mixers="lstm", lrs=(1.0,), seeds=9), 3, 7)
+    again = training_batch(dataclasses.replace(cfg, sizes=(8,), mixers=("lstm",), lrs=(1.0,), seeds=9), 3, 7)
     assert all(torch.equal(a, b) for a, b in zip(training_batch(cfg, 3, 7), again, strict=True))
     others = [training_batch(cfg, *key).tokens for key in ((3, 7), (3, 8), (4, 7), (7, 3))]
     others += [sequences(cfg, 2, len(others[0]), np.random.default_rng((3, stream, 2))).tokens
@@ -134,17 +135,18 @@ def finished(tmp_path_factory):
         patch.setattr(recall_probe, "training_batch", batch)
         assert recall_probe.main(cfg)["status"] == "stopped"
     folder = os.path.join(cfg.out_dir, cfg.name)
-    assert [r["seed"] for r in read_jsonl(f"{folder}/results.jsonl")] == [1]
+    assert [r["seed"] for r in read_rows(f"{folder}/results.jsonl")] == [1]
     return cfg, folder, recall_probe.main(cfg)
 
 
 def test_attention_learns_to_recall(finished):
     cfg, folder, result = finished
-    (rows,) = result["arms"]
+    (rows,) = result["result"]["arms"]
     assert [r["seed"] for r in rows] == [1, 2]
     for row in rows:
-        assert row["solved"] and row["steps"] < cfg.steps and row["curve"][-1][0] == row["steps"]
+        assert row["solved"] and row["steps"] < cfg.steps
         assert row["test"]["2"]["accuracy"] > 0.9  # 0.5 guessing among the two values
+    assert all(r["curve"][-1][0] == r["steps"] for r in read_rows(f"{folder}/results.jsonl"))
     assert os.path.getsize(f"{folder}/recall.png") > 5000
     text = open(f"{folder}/table.md").read()
     found = [100 * r["test"]["2"]["accuracy"] for r in rows]
@@ -154,15 +156,17 @@ def test_attention_learns_to_recall(finished):
 
 def test_the_same_command_trains_only_what_is_missing(finished, monkeypatch):
     cfg, folder, result = finished
-    trained = []
+    trained, rows = [], read_rows(f"{folder}/results.jsonl")
 
-    def train(cfg, mixer, size, lr, seed, stop):
+    def train(cfg, mixer, size, lr, seed, dist, stop):
         trained.append((mixer, size, lr, seed))
-        return result["arms"][0][0] | {"mixer": mixer, "size": size, "lr": lr, "seed": seed}
+        return rows[0] | {"mixer": mixer, "size": size, "lr": lr, "seed": seed}
 
     monkeypatch.setattr(recall_probe, "train", train)
-    same = json.loads(json.dumps(result["arms"]))  # whose tuples are lists in the file
-    assert recall_probe.main(cfg)["arms"] == same and not trained
+    same = json.loads(json.dumps(result["result"]["arms"]))  # whose tuples are lists in the file
+    again = recall_probe.main(cfg)
+    assert again["result"]["arms"] == same and again["run_id"] == result["run_id"] and not trained
+    assert len(read_rows(f"{cfg.out_dir}/ledger.jsonl")) == 1
     lines = open(f"{folder}/results.jsonl").read()
     recall_probe.main(dataclasses.replace(cfg, sizes=(32, 8), lrs=(2e-2, 1e-3), seeds=3))
     assert trained == [("attention", 32, 2e-2, 3), *(("attention", 8, 2e-2, seed) for seed in (1, 2, 3))]
@@ -171,8 +175,9 @@ def test_the_same_command_trains_only_what_is_missing(finished, monkeypatch):
 
 def test_an_interrupted_run_ends_as_another_would(finished):
     cfg, _, result = finished
-    again = recall_probe.train(cfg, "attention", 32, 2e-2, 2, types.SimpleNamespace(requested=False))
-    row = result["arms"][0][1]
+    dist, going = Dist(0, 1, torch.device("cpu")), types.SimpleNamespace(requested=False)
+    again = recall_probe.train(cfg, "attention", 32, 2e-2, 2, dist, going)
+    row = read_rows(f"{cfg.out_dir}/{cfg.name}/results.jsonl")[1]
     assert all(again[key] == row[key] for key in ("steps", "validation", "curve", "solved"))
     assert again["test"]["2"]["accuracy"] == row["test"]["2"]["accuracy"]
 
@@ -203,10 +208,15 @@ def test_mistakes_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         load(RecallConfig, ["--mixers=attention,lstn", "--pairs=3,4,20", "--vocab-size=40", "--seq-len=50",
                             "--sizes=", "--steps=0"])
-    for expected in ("no mixer 'lstn'; there are attention, window,", "steps must be at least 1, got 0",
-                     "pairs=20 needs 20 keys, but vocab_size=40 has 19; use --vocab_size=42",
-                     "pairs=20 takes 2 * 20 tokens and 20 queries", "use --seq_len=60",
-                     "batch_size=64 does not divide by the 3 numbers", "sizes needs at least one number"):
+    for expected in (
+        "flag --mixers: expected one of attention, window, lstm, scan, gated; got 'lstn'; did you",
+        "steps must be at least 1, got 0",
+        "pairs=20 needs 20 keys, but vocab_size=40 has 19; use --vocab_size=42",
+        "pairs=20 takes 2 * 20 tokens and 20 queries",
+        "use --seq_len=60",
+        "batch_size=64 does not divide by the 3 numbers",
+        "sizes needs at least one number",
+    ):
         assert expected in str(error.value), expected
     with pytest.raises(ConfigError, match="attention of size 15: pos=rope rotates pairs"):
         RecallConfig(sizes=(15,))
@@ -214,7 +224,9 @@ def test_mistakes_are_reported_at_once():
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     cfg = RecallConfig(**SMALL | {"lrs": (1e30,), "steps": 10}, out_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"attention of size 32, lr 1e\+30: loss nan by step 10; leave this"):
+    with pytest.raises(
+        UserError, match=r"attention of size 32, lr 1e\+30, step \d+: loss nan, .*; leave this"
+    ):
         recall_probe.main(cfg)
 
 

@@ -16,7 +16,7 @@ import sweep
 import train
 from common import checkpoint
 from common.config import ConfigError, UserError, load
-from common.runlog import read_jsonl
+from common.files import read_rows
 from common.stats import paired_difference
 from sweep import SweepConfig
 
@@ -34,9 +34,9 @@ def files_of(out_dir) -> dict[str, float]:
 
 
 def no_more_runs(monkeypatch):
-    def popen(*args, **kwargs):
-        raise AssertionError(f"started {args}")
-    monkeypatch.setattr(subprocess, "Popen", popen)
+    def start(cfg, run, *args):
+        raise AssertionError(f"started {run.name}")
+    monkeypatch.setattr(sweep, "start", start)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +54,12 @@ def finished(corpus, tmp_path_factory):
         patch.setattr(sweep, "settle", settle)
         assert sweep.main(dataclasses.replace(cfg, jobs=1))["status"] == "stopped"
     before = files_of(out_dir)
-    ended = [r["name"] for r in read_jsonl(str(out_dir / "ledger.jsonl"))]
+    ended = [r["name"] for r in read_rows(str(out_dir / "ledger.jsonl"))]
     assert ended == ["tiny_base_s1"] and not (out_dir / "tiny_sweep" / "table.md").exists()
     result = sweep.main(cfg)
     after = files_of(out_dir)
     assert after["tiny_base_s1"] == before["tiny_base_s1"] and len(after) == 4
-    return cfg, out_dir, result["results"]
+    return cfg, out_dir, result["result"]["arms"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_table_is_what_the_runs_logged(finished, corpus):
     best = {}
     for arm in ("base", "lr-3e-4"):
         for seed in (1, 2):
-            rows = read_jsonl(str(out_dir / f"tiny_{arm}_s{seed}" / "metrics.jsonl"))
+            rows = read_rows(str(out_dir / f"tiny_{arm}_s{seed}" / "metrics.jsonl"))
             best[arm, seed] = min(r["val_loss"] for r in rows if "val_loss" in r)
     assert len(set(best.values())) == 4
     base, slow = results
@@ -143,17 +143,18 @@ def test_table_is_what_the_runs_logged(finished, corpus):
 def test_a_run_of_a_sweep_is_the_run_train_makes(finished, corpus, tmp_path):
     _, _, results = finished
     alone = train.main(train.TrainConfig(**options(corpus, tmp_path, lr=3e-4, seed=2)))
-    assert results[1]["scores"][2] == alone["best_val_loss"]
-    assert results[1]["parameters"] == alone["parameters"] and results[1]["tokens"] == alone["tokens"]
+    assert results[1]["scores"][2] == alone["result"]["loss"]
+    assert all(results[1][key] == alone["counts"][key] for key in ("parameters", "tokens"))
 
 
 def test_repeating_a_sweep_runs_nothing(finished, monkeypatch):
     cfg, out_dir, results = finished
     before, text = files_of(out_dir), (out_dir / "tiny_sweep" / "table.md").read_text()
     no_more_runs(monkeypatch)
-    assert str(sweep.main(cfg)["results"]) == str(results)
+    assert str(sweep.main(cfg)["result"]["arms"]) == str(results)
     assert files_of(out_dir) == before and (out_dir / "tiny_sweep" / "table.md").read_text() == text
-    assert len(read_jsonl(str(out_dir / "ledger.jsonl"))) == 4
+    scripts = [row["script"] for row in read_rows(str(out_dir / "ledger.jsonl"))]
+    assert scripts == ["train"] * 4 + ["sweep"]
 
 
 @pytest.mark.parametrize("change, message", [
@@ -202,9 +203,9 @@ def test_ctrl_c_reaches_the_runs_which_save(corpus, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "stopped; go on with:  python sweep.py" in out
+    assert process.returncode == 0 and "stopped; continue with:  python sweep.py" in out
     saved = checkpoint.load(str(log.parent / "last.pt"), keys=("progress",))["progress"]
-    assert saved["step"] >= read_jsonl(str(log))[-1]["step"] > 0 and not saved["ended"]
+    assert saved["step"] >= read_rows(str(log))[-1]["step"] > 0 and not saved["ended"]
     assert not (tmp_path / "out" / "tiny_dropout-0.1_s1").exists()
 
 
@@ -217,9 +218,16 @@ def made(scores: dict[str, list]) -> tuple[SweepConfig, list[sweep.Arm], list[sw
     cfg = SweepConfig(seeds=len(scores["base"]), grid=("lr=1e-4,1e-2",))
     arms = [sweep.Arm(name, name, dataclasses.replace(train.TrainConfig(), lr=10.0 ** -i), [])
             for i, name in enumerate(scores)]
-    row = {"parameters": 1, "tokens_per_second": 1.0, "seconds": 60.0, "tokens": 5, "git": "abc"}
-    return cfg, arms, [sweep.Run(arm, s, f"{arm.name}_{s}", None if x is None else row | {"best_val_loss": x})
-                       for arm in arms for s, x in enumerate(scores[arm.name], 1)]
+    row = {"script": "train", "counts": {"parameters": 1, "tokens": 5}, "seconds": 60.0, "commit": "abc"}
+    return (
+        cfg,
+        arms,
+        [
+            sweep.Run(arm, s, f"{arm.name}_{s}", None if x is None else row | {"result": {"loss": x}})
+            for arm in arms
+            for s, x in enumerate(scores[arm.name], 1)
+        ],
+    )
 
 
 def test_differences_are_of_equal_seeds():
@@ -246,7 +254,7 @@ def test_unequal_tokens_and_code_are_said():
     cfg, arms, runs = made({"base": [1.0, 2.0], "a": [0.9, 1.9]})
     plain = " ".join(sweep.notes(cfg, sweep.compare(cfg, arms, runs), runs))
     assert "tokens:" not in plain and "versions" not in plain
-    runs[3].row |= {"tokens": 9, "git": "def"}
+    runs[3].row |= {"counts": {"parameters": 1, "tokens": 9}, "commit": "def"}
     text = " ".join(sweep.notes(cfg, sweep.compare(cfg, arms, runs), runs))
     assert "equally many tokens: 5 to 7" in text and "different versions of the code: abc, def" in text
 

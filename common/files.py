@@ -1,0 +1,118 @@
+"""Files that are whole or not there, rows of JSON, and one clear message when a disk does not take them."""
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Callable
+
+from common.config import UserError
+
+ADVICE = {errno.ENOSPC: "the disk is full; free some space", errno.EROFS: "the disk is read-only",
+          errno.EDQUOT: "the quota is used up; free some space", errno.ENOTDIR: "its folder is a file",
+          errno.EFBIG: "the file would be larger than is allowed here", errno.EEXIST: "that is a file"}
+
+
+class DiskError(UserError):
+    """Something could not be written."""
+
+    def __init__(self, path: str, error: OSError):
+        reason = ADVICE.get(error.errno, error.strerror or str(error))
+        super().__init__(f"could not write {path}: {reason}\nall that was saved before is whole: the same "
+                         "command continues from there, or write elsewhere with --out_dir (or --data_dir)")
+
+
+@contextlib.contextmanager
+def writing(path: str):
+    """Turns an OSError inside into a DiskError that names `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise DiskError(path, e) from e
+
+
+class Watched:
+    """A binary file that keeps the error of its last write, of which torch's writer reports nothing."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def write_atomically(path: str, write: Callable) -> None:
+    """Call write(file) on a temporary file beside `path`, flush it to disk, then rename: whoever reads `path`
+    sees the old content or the new, whole, whatever happens between. DiskError if it cannot be written."""
+    tmp = f"{path}.tmp"
+    with writing(path):
+        try:
+            with open(tmp, "wb") as f:
+                watched = Watched(f)
+                try:
+                    write(watched)
+                except RuntimeError as e:
+                    raise watched.error or e from None
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+            sync(os.path.dirname(path) or ".")  # so that the rename itself reaches the disk
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(tmp)
+            raise
+
+
+def sync(path: str) -> None:
+    """Flush a file or a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: str, text: str) -> None:
+    write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def write_json(path: str, value) -> None:
+    write_text(path, json.dumps(value, indent=1))
+
+
+def make_folder(path: str) -> None:
+    with writing(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def append_row(path: str, row: dict) -> None:
+    """Add a line of JSON to a file, on a line of its own even after one that a kill cut short."""
+    with writing(path), open(path, "ab+") as f:
+        line = json.dumps(row)
+        if f.tell():
+            f.seek(-1, os.SEEK_END)
+            line = line if f.read(1) == b"\n" else "\n" + line
+        f.write((line + "\n").encode())
+
+
+def read_rows(path: str, strict: bool = True) -> list[dict]:
+    """The rows of a .jsonl file ([] if it is not there). A last line cut short by a kill is left out, and any
+    other line that is not JSON, unless `strict`, which makes it a UserError."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    rows = []
+    for i, line in enumerate(lines):
+        try:
+            rows += [json.loads(line)] if line else []
+        except ValueError:
+            if strict and i < len(lines) - 1:
+                raise UserError(f"{path}:{i + 1} is not JSON: {line[:60]!r}; fix or remove it") from None
+    return rows

@@ -1,0 +1,175 @@
+"""Will it fit? The peak memory of a training step, predicted before anything is allocated; and what is free.
+
+Nothing here knows the architecture: what autograd keeps is counted on fake tensors, which have shapes but no
+memory, so the figure follows every change to model.py; what its hooks do not see, a layer declares."""
+import math
+import os
+from dataclasses import replace
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from common import distributed, head_loss
+from common.config import UserError
+
+LAYER_OBJECTS = 1e5  # bytes of Python objects that a layer of any kind takes, roughly
+
+
+def kept_by_autograd(model, sequences: int, seq_len: int, dtype: str) -> int:
+    """Bytes that a forward pass leaves for backward, without the parameters and what the loss keeps of the
+    size of the head. Counted as on a CPU: a GPU's attention kernels keep no weights, so there it is a little
+    more than needed. `model` is made of fake tensors, in whose mode this runs."""
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def count(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage  # held, so that no later one gets its address
+        return x
+
+    tokens = torch.zeros(sequences, seq_len, dtype=torch.long)
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
+    with hooks, distributed.autocast(dtype, torch.device("cpu")):
+        hidden = model.hidden(tokens)
+    return sum(s.nbytes() for s in kept.values()) + 2 * 4 * hidden.numel()  # and its gradient, in float32
+
+
+class Needs:
+    """The peak memory of a training step of make_model(cfg), in bytes, for any number of sequences at once;
+    and `model`, the model without its memory, to count and describe.
+
+    Within 15 % of what was measured on the CPU for the ladder's shapes and their neighbours
+    (tests/test_fit.py). torch.compile usually needs less."""
+
+    def __init__(self, make_model, cfg, dtype: str, device):
+        self.cfg = cfg
+        length = min(cfg.tbptt or cfg.max_seq_len, cfg.max_seq_len)  # of what one backward goes through
+        with FakeTensorMode():
+            self.model = make_model(cfg)
+            one, two = (kept_by_autograd(self.model, n, length, dtype) for n in (1, 2))
+        unseen = {type(m): m.unseen_memory for m in self.model.modules() if hasattr(m, "unseen_memory")}
+        two = one + (two - one) * math.prod(unseen.values())
+        layer = self.layer = (two - one) / self.model.trunk.depth  # of a sequence
+        self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
+        # the input of each block; one block recomputed, its gradients, and holes: repeats of one run measured
+        # 1.15 to 1.36 GB (d 256, T 1,024), why is not known; this lies between
+        if cfg.checkpoint_activations:
+            self.fixed = 0
+            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 3.5 * layer
+        self.parameters = sum(p.numel() * 4 for p in self.model.parameters())
+        self.states = self.parameters * states_of(cfg)
+        self.head = self.model.head.weight.numel() * 4
+        self.logits = length * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
+        self.base, self.slack = 0.0, 1.0
+        if device.type == "cpu":  # the whole process counts; and as measured: libraries, holes in the heap
+            self.base, self.slack = distributed.resident_memory() * 1e9 + 6e7, 1.08
+
+    def peak(self, sequences: int, world: int) -> float:
+        """With accumulation, tbptt or several processes, gradients are there already when a forward pass
+        runs."""
+        gradients_stay = world > 1 or sequences * world < self.cfg.batch_size or self.cfg.tbptt
+        loss = min(sequences * self.logits, head_loss.CHUNK_BYTES) + 2 * self.head
+        forward = self.fixed + sequences * self.per_sequence + loss + bool(gradients_stay) * self.parameters
+        backward = self.parameters + 2 * self.head  # gradients, and the two that make a tied embedding's
+        return self.base + self.slack * (self.parameters + self.states + max(forward, backward))
+
+    def evaluated_at_once(self, sequences: int) -> int:
+        """How many sequences need no more without gradients than training on `sequences`: one block's
+        activations at a time are alive."""
+        return max(sequences, int(sequences * self.per_sequence / self.layer))
+
+
+def states_of(cfg) -> int:
+    """Numbers the optimiser keeps per parameter (a little less with Muon)."""
+    return 1 if cfg.optimizer == "sgd" else 2
+
+
+def refuse_hopeless(make_model, cfg, room: float) -> None:
+    """UserError for a model that cannot fit into `room` bytes by far, found from one or two of its layers:
+    building all of 1e9 would itself fill the memory. A dry run may be of a model that is too large, as long
+    as it can be built without its tensors."""
+    unit, unique = cfg.qkv_share or 1, cfg.n_unique_blocks or cfg.n_layers
+    few = [replace(cfg, n_layers=n, n_unique_blocks=0) for n in (unit, 2 * unit)]
+    try:
+        with FakeTensorMode():
+            a, b = (sum(p.numel() for p in make_model(c).parameters()) for c in few)
+    except RuntimeError:  # a size beyond 2^63
+        a = b = 1e30
+    weights = 4 * (2 + states_of(cfg)) * (a + (unique / unit - 1) * (b - a))
+    activations = 4.0 * cfg.max_seq_len * cfg.d_model * cfg.n_layers
+    objects, ids = LAYER_OBJECTS * cfg.n_layers, 16.0 * cfg.batch_size * cfg.max_seq_len
+    needed = objects + activations + ids + (0 if cfg.dry_run and weights < 1e15 else weights)
+    if needed > room * (4 if cfg.micro_batch_size else 1):
+        sizes = ", ".join(f"{k}={getattr(cfg, k):,}" for k in ("n_layers", "d_model", "max_seq_len",
+                                                              "batch_size", "vocab_size"))
+        raise UserError(f"this needs at least {needed / 1e9:,.0f} GB, but there is room for "
+                        f"{room / 1e9:.1f} GB; use smaller sizes: {sizes}")
+
+
+def largest_micro_batch(needs: Needs, dist, room: float) -> int:
+    """The largest part of a process's share of the batch that fits into `room` bytes on every process. A
+    collective; UserError on all of them where not even one sequence fits."""
+    cfg, share = needs.cfg, max(1, needs.cfg.batch_size // dist.world)
+    most = min(share, int(max(1.0, room / needs.per_sequence)))
+    fits = next((n for n in range(most, 0, -1) if share % n == 0 and needs.peak(n, dist.world) <= room), 0)
+    fits, least = int(dist.min(fits)), dist.min(room)
+    if not fits and not cfg.dry_run:
+        raise UserError(f"one sequence at a time needs about {needs.peak(1, dist.world) / 1e9:.1f} GB, but "
+                        f"there is room for {least / 1e9:.1f} GB on {dist.device.type}; use "
+                        "--checkpoint_activations, a smaller --max_seq_len or model, or --micro_batch_size=1 "
+                        "to try it nevertheless")
+    return max(1, fits)
+
+
+def room_for(memory_gb: float, dist) -> float:
+    """Bytes that this process may take in all: as asked, or what it has and most of what is free."""
+    if memory_gb:
+        return 1e9 * memory_gb
+    if dist.device.type != "cpu":
+        return 0.9 * free_memory(dist.device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.world))  # processes that share this machine's memory
+    return distributed.resident_memory() * 1e9 + 6e7 + 0.9 * free_memory(dist.device) / here
+
+
+def free_memory(device) -> float:
+    """Bytes that this process may still take, or infinity where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        with open("/proc/meminfo") as f:
+            free = 1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1])
+    except (OSError, StopIteration):
+        free = math.inf
+    return min(free, cgroup_free())
+
+
+def cgroup_free(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
+    """What the limits of a container (docker run -m 4g) or job still allow, infinity without any. Cached
+    files do not count as used: the system gives them up."""
+    files = {"": ("memory.max", "memory.current", "inactive_file"),
+             "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # v2, v1
+    free = math.inf
+    for line in read(own).splitlines():
+        _, controllers, path = line.split(":", 2)
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in files:
+            continue
+        top, folders = os.path.join(root, kind), path.strip("/").split("/")
+        for depth in range(len(folders) + 1):  # parents' limits count; a container may show the top alone
+            folder = os.path.join(top, *folders[:depth])
+            names = (*files[kind][:2], "memory.stat")
+            limit, used, cached = (read(os.path.join(folder, name)) for name in names)
+            if limit.strip().isdecimal() and used:
+                held = dict(row.split() for row in cached.splitlines()).get(files[kind][2], 0)
+                free = min(free, max(0, int(limit) - int(used) + int(held)))
+    return free
+
+
+def read(path: str) -> str:
+    try:
+        with open(path) as f:
+            return f.read()
+    except OSError:
+        return ""

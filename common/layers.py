@@ -1,0 +1,126 @@
+"""The linear layers that model.py builds on, and how a layer declares its parameters.
+
+Each module that owns parameters has `specs`, a Spec for each of them: how it starts, how it is optimised,
+which maps its rows hold. Initialisation (model.py), the optimiser's groups and Muon (muon.py) read these, and
+never a name. A parameter without one is an error that says where to add it.
+
+Shapes: N rows of an activation, E experts
+"""
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class Spec(NamedTuple):
+    """What a layer declares of one of its parameters."""
+    start: float | Callable  # N(0, start) values; or a function that fills the tensor
+    group: str = "scalars"  # its learning rate and decay (muon.py): matrices, embeddings, head or scalars
+    maps: tuple[int, ...] = ()  # rows of each map in this matrix, orthogonalised separately; () = one map
+
+
+ZEROS, ONES = Spec(torch.Tensor.zero_), Spec(lambda p: p.fill_(1.0))
+
+
+def declared(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Spec]]:
+    """(name, parameter, Spec) for each parameter, shared ones once, in the order of named_parameters()."""
+    for name, p in model.named_parameters():
+        path, _, own = name.rpartition(".")
+        spec = getattr(model.get_submodule(path), "specs", {}).get(own)
+        if spec is None:
+            raise AssertionError(f"{name} {tuple(p.shape)} has no Spec (start, group, maps): add '{own}' to "
+                                 "the `specs` of the layer that makes it")
+        yield name, p, spec
+
+
+def factor_std(std: float, rank: int) -> float:
+    """The standard deviation of two random matrices with this inner dimension whose matmul has the standard
+    deviation `std`; `std` itself for rank 0, a whole matrix."""
+    return math.sqrt(std / math.sqrt(rank)) if rank else std
+
+
+class Linear(nn.Linear):
+    """nn.Linear with specs. A compiled decoding step on a CPU computes its single row as a sum: that kernel
+    reads weights at 45 GB/s where the library's matmul reaches 15 (fp32) or 20 (bf16)."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True, std: float | Callable = 0.02, maps=(),
+                 group: str = "matrices"):
+        super().__init__(n_in, n_out, bias)
+        self.specs = {"weight": Spec(std, group, maps), "bias": ZEROS}
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() == self.in_features:
+            row = x.contiguous().as_strided((self.in_features,), (1,))  # makes the compiler store x, ...
+            y = (self.weight * row).sum(-1)  # (out); ... or it would recompute x for each output
+            return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (1, 1, out)
+        return super().forward(x)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding with specs."""
+
+    def __init__(self, rows: int, width: int, std: float = 0.02):
+        super().__init__(rows, width)
+        self.specs = {"weight": Spec(std, "embeddings")}
+
+
+class ExpertLinear(nn.Module):
+    """E linear maps side by side: weight (E, out, in), bias (E, out)."""
+
+    def __init__(self, n_experts: int, n_in: int, n_out: int, bias: bool, std: float = 0.02, maps=()):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, n_out, n_in))
+        self.bias = nn.Parameter(torch.empty(n_experts, n_out)) if bias else None
+        self.specs = {"weight": Spec(std, "matrices", maps), "bias": ZEROS}
+
+    def forward(self, x, where):
+        """x (N, in) -> (N, out). `where`: how many rows in turn belong to each expert, a list of E numbers;
+        or the expert of each row (N,), whose weights are then read for each row."""
+        if torch.is_tensor(where):
+            y = (self.weight[where] * x[:, None]).sum(-1)  # (N, out)
+            return y if self.bias is None else y + self.bias[where]
+        biases = [None] * len(where) if self.bias is None else self.bias.unbind()
+        parts = zip(x.split(where), self.weight.unbind(), biases, strict=True)
+        return torch.cat([F.linear(rows, w, b) for rows, w, b in parts if len(rows)])  # (N, out)
+
+
+class LowRank(nn.Module):
+    """Two linear maps as one: in -> rank -> out."""
+
+    def __init__(self, a: nn.Module, b: nn.Module):
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x, *where):
+        return self.b(self.a(x, *where), *where)
+
+
+def linear(n_in: int, n_out: int, bias: bool = False, *, std: float = 0.02, zero: bool = False, maps=(),
+           rank: int = 0, n_experts: int = 0) -> nn.Module:
+    """A linear map, or one for each expert; with a rank as two matrices. `zero`: its last matrix starts at
+    0."""
+    make, factor = functools.partial(ExpertLinear, n_experts) if n_experts else Linear, factor_std(std, rank)
+    first = make(n_in, rank, False, factor) if rank else None
+    last = make(rank or n_in, n_out, bias, 0.0 if zero else factor, maps)
+    return LowRank(first, last) if rank else last
+
+
+def share(ours: nn.Module, theirs: nn.Module, own=()) -> None:
+    """Make the parameters of `ours` those of `theirs`, which is built alike, except those whose name has a
+    part in `own`. Modules stay apart, so that each use of a matrix can be counted."""
+    for name, p in theirs.named_parameters():
+        path, _, last = name.rpartition(".")
+        if not set(own) & set(name.split(".")):
+            setattr(ours.get_submodule(path), last, p)
+
+
+def rows_per_expert(expert, n_experts: int) -> list[int]:
+    """How many of `expert` (N,) are 0, 1, ... Fake tensors, with which common/fit.py counts memory, have no
+    values: loads are taken to be even."""
+    if isinstance(expert, torch._subclasses.FakeTensor):
+        return [len(expert) * (e + 1) // n_experts - len(expert) * e // n_experts for e in range(n_experts)]
+    return expert.bincount(minlength=n_experts).tolist()

@@ -1,0 +1,238 @@
+"""One run of a script: its folder, its lock, what it continues from, what it logs, its line in the ledger."""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import torch
+
+from common import checkpoint, distributed
+from common.checkpoint import CheckpointError
+from common.config import Config, UserError
+from common.files import append_row, make_folder, read_rows, write_text, writing
+
+# ------------------------------------------------------------------------------------------------------------
+# Options that scripts share
+
+
+@dataclass
+class MachineConfig(Config):
+    MAY_CHANGE = {"device", "dtype", "compile"}
+    # machine (may change when a run is continued)
+    device: str = "auto"  # auto | cpu | cuda | cuda:1 | mps
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matmuls; trained weights stay fp32
+    compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = on CUDA, for long runs
+
+    def problems(self) -> list[str]:
+        known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        wrong = [] if known else [f"device={self.device}: expected auto, cpu, cuda, cuda:1 or mps"]
+        return super().problems() + wrong
+
+
+@dataclass
+class RunConfig(MachineConfig):
+    MAY_CHANGE = {"name", "out_dir", "question", "overwrite", "dry_run"}
+    # run
+    name: str = "run"  # its folder in out_dir; by default the config file's name
+    out_dir: str = "out"  # holds the run folders and ledger.jsonl
+    seed: int = 1  # of everything that is drawn
+    question: str = ""  # what the run asks, for the ledger; by default the config file's "# Question:" line
+    overwrite: bool = False  # throw away the run of this name, if there is one
+    dry_run: bool = False  # print the plan and stop
+
+    def problems(self) -> list[str]:
+        out = super().problems() + self.at_least(0, "seed")
+        if not self.name or os.path.basename(self.name) != self.name or self.name in (".", ".."):
+            out.append(f"name must be a plain folder name, got '{self.name}'")
+        return out if self.out_dir else [*out, "out_dir must name a folder, got ''"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+
+
+FILES = ("last.pt", "best.pt", "int8.pt", "metrics.jsonl", "samples.txt", "loss.png")
+
+
+class Run:
+    """The folder out_dir/name while a script works in it. All processes have one; the main one writes.
+
+        with Run(cfg, dist, "train", tokenizer, data_sha256) as run:   # locked against other runs
+            saved = run.find("last.pt")      # what to continue from, or None for a new run
+            run.begin(saved)
+            run.metrics(step=1, train_loss=2.3)
+            run.save("last.pt", model, optimizer, scaler, step=1)
+            row = run.finish("finished", counts={...}, result={...}, dtype="fp32")
+    """
+
+    def __init__(self, cfg: RunConfig, dist: distributed.Dist, script: str, tokenizer: dict | None = None,
+                 data_sha256: str = ""):
+        self.cfg, self.dist, self.script = cfg, dist, script
+        self.data = {"tokenizer": tokenizer, "data_sha256": data_sha256}
+        self.folder = os.path.join(cfg.out_dir, cfg.name)
+        self.id, self.seconds, self.sessions = uuid.uuid4().hex[:12], 0.0, 1
+        self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "Run":
+        if self.dist.is_main:
+            make_folder(self.folder)
+            with writing(self.folder):
+                self.lock = open(self.path("lock"), "w")  # freed by the system however the process ends
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process is working in {self.folder}; wait for it, or use another "
+                                "--name") from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.dist.is_main:
+            self.lock.close()
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    # starting and continuing
+
+    def find(self, name: str = "last.pt") -> dict | None:
+        """The checkpoint to continue from, or None for a new run. UserError if that run had another
+        configuration or data. A collective: all processes must see the same."""
+        if self.cfg.overwrite:
+            return None
+        saved, step = None, -1
+        if os.path.exists(self.path(name)):
+            keys = ("model", "optimizer", "scaler", "progress", "config", *self.data)
+            saved = checkpoint.load(self.path(name), keys)
+            step = saved["progress"]["step"]
+            self.refuse_differences(saved)
+        elif os.path.exists(self.path("best.pt")):
+            raise CheckpointError(f"{self.folder} has best.pt but no {name}; continue from it with:  "
+                                  f"cp {self.path('best.pt')} {self.path(name)}\n"
+                                  "or start anew with --overwrite, or use another --name")
+        if (self.dist.min(step), -self.dist.min(-step)) != (step, step):
+            raise UserError(f"not all processes see the same run in {self.folder}: on several machines it "
+                            "must be on a disk they share")
+        return saved
+
+    def refuse_differences(self, saved: dict) -> None:
+        if self.data["tokenizer"]:
+            checkpoint.check_tokenizer(saved["tokenizer"], self.folder, self.data["tokenizer"], self.cfg.data)
+        differences = self.cfg.differences(saved["config"])
+        if saved["data_sha256"] != self.data["data_sha256"]:
+            differences.append(f"data: the training tokens in {self.cfg.data} are not those it began with")
+        if differences:
+            raise UserError(f"{self.folder} holds a run with another configuration (at step "
+                            f"{saved['progress']['step']:,}):\n  " + "\n  ".join(differences)
+                            + "\nstart beside it with --name=OTHER, throw it away with --overwrite, or train "
+                            f"its weights further in a new run with --init_from={self.folder} --name=OTHER")
+
+    def begin(self, saved: dict | None, keep=lambda row: True) -> None:
+        """Continue from `saved`, without the rows of metrics.jsonl that `keep` refuses (a killed run logged
+        them and will repeat them); or with None as a new run, in an empty folder."""
+        if saved:
+            self.id, self.seconds = saved["progress"]["run_id"], saved["progress"]["seconds"]
+            self.sessions = saved["progress"]["sessions"] + 1
+        if not self.dist.is_main:
+            return
+        if saved:
+            rows = [r for r in read_rows(self.path("metrics.jsonl")) if keep(r)]
+            write_text(self.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
+        old = [f"{name}.tmp" for name in FILES] + list(FILES) * (not saved)  # .tmp: a kill came while writing
+        with writing(self.folder):
+            for name in filter(os.path.exists, map(self.path, old)):
+                os.remove(name)
+
+    # saving and logging
+
+    def save(self, name: str, model, optimizer, scaler, **progress) -> None:
+        """Write a checkpoint: all that continuing needs. Data order and dropout are functions of (seed,
+        sample), so there is no state of a sampler or random generator in it."""
+        if self.dist.is_main:
+            progress |= {"run_id": self.id, "seconds": self.seconds, "sessions": self.sessions}
+            checkpoint.save(self.path(name), {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "progress": progress, "config": asdict(self.cfg), **self.data})
+        self.saved_at = time.monotonic()
+
+    def save_is_due(self, minutes: float) -> bool:
+        return time.monotonic() - self.saved_at >= 60 * minutes
+
+    def metrics(self, **row) -> None:
+        if self.dist.is_main:
+            append_row(self.path("metrics.jsonl"), row)
+
+    def finish(self, status: str, counts: dict, result: dict, dtype: str) -> dict:
+        """The run's summary; a run that ended ("finished", "early stop") also gets its line in the ledger,
+        once."""
+        row = ledger_row(self.script, self.cfg, self.dist, status=status, counts=counts, result=result,
+                         seconds=self.seconds, dtype=dtype, run_id=self.id)
+        if self.dist.is_main and status != "stopped":
+            append_to_ledger(self.cfg.out_dir, row)
+        return row
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The ledger
+
+
+def ledger_row(script: str, cfg: Config, dist: distributed.Dist, *, counts: dict, result: dict,
+               seconds: float, dtype: str, status: str = "finished", run_id: str = "") -> dict:
+    """What every script reports: counts of what there was and was done, what came out, how long it took, on
+    what, by which code."""
+    return {"run_id": run_id or uuid.uuid4().hex[:12], "script": script, "name": getattr(cfg, "name", ""),
+            "question": getattr(cfg, "question", ""), "status": status, "counts": counts, "result": result,
+            "seconds": seconds, "hardware": {
+                "device": distributed.device_name(dist.device), "processes": dist.world, "dtype": dtype,
+                "torch": torch.__version__, "peak_memory_gb": distributed.peak_memory(dist.device)},
+            "commit": git_commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            "seed": getattr(cfg, "seed", None), "config": asdict(cfg)}
+
+
+def digest(value) -> str:
+    """A run id that is a function of the results: reporting the same again adds no line."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def append_to_ledger(out_dir: str, row: dict) -> None:
+    """Once per run id; without nan and infinity, which JSON does not have."""
+    if row["run_id"] not in [r["run_id"] for r in read_ledger(out_dir)]:
+        make_folder(out_dir)
+        append_row(os.path.join(out_dir, "ledger.jsonl"), finite(row))
+
+
+def finite(value):
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_ledger(out_dir: str) -> list[dict]:
+    """The rows of out_dir/ledger.jsonl; those of before it had one shape for all scripts in today's."""
+    rows = read_rows(os.path.join(out_dir, "ledger.jsonl"), strict=False)
+    counted = ("steps", "tokens", "epochs", "parameters", "parameters_non_embedding", "sessions")
+    return [row if "result" in row else {
+        **row, "question": "", "result": {k[9:]: v for k, v in row.items() if k.startswith("best_val_")},
+        "counts": {k: row.get(k) for k in counted},
+        "hardware": {"device": row.get("device"), "processes": row.get("world"), "dtype": row.get("dtype"),
+                     "peak_memory_gb": row.get("peak_memory_gb")},
+        "commit": row.get("git", "")} for row in rows]
+
+
+def git_commit() -> str:
+    """The commit of the code that ran, with '+' if it was edited; '' outside a repository."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    try:
+        run = [subprocess.run(["git", "-C", here, *c], capture_output=True, text=True, timeout=10)
+               for c in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return run[0].stdout.strip() + "+" * bool(run[1].stdout.strip()) if run[0].returncode == 0 else ""

@@ -1,0 +1,57 @@
+"""Markdown tables, and figures written whole."""
+import io
+
+from common.files import write_atomically
+
+
+def grid(lines: list[list[str]]) -> str:
+    """A Markdown table; the first line is its head, the first column its names."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines = [[c.ljust(w) if c is line[0] else c.rjust(w) for c, w in zip(line, widths, strict=True)]
+             for line in lines]
+    lines.insert(1, ["-" * (w - 1) + (":" if i else "-") for i, w in enumerate(widths)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def new_figure(width: float, height: float):
+    from matplotlib.figure import Figure  # not pyplot: no state, no display; it takes a second to import
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path: str) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, lambda f: f.write(picture.getvalue()))
+
+
+def smoothed(values: list[float], half: int) -> list[float]:
+    """The mean of each value and the `half` on both sides of it, as far as there are any."""
+    sums = [0.0]
+    for v in values:
+        sums.append(sums[-1] + v)
+    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
+
+
+def draw_losses(rows: list[dict], title: str, path: str) -> None:
+    """Training loss (each logged step, and smoothed) and validation loss against tokens seen, from the rows
+    of metrics.jsonl."""
+    from matplotlib.ticker import EngFormatter
+    train = [(r["tokens"], r["train_loss"]) for r in rows if "train_loss" in r]
+    val = [(r["tokens"], r["val_loss"]) for r in rows if "val_loss" in r]
+    figure = new_figure(7, 4.2)
+    axes = figure.subplots()
+    if train:
+        tokens, losses = zip(*train, strict=True)
+        axes.plot(tokens, losses, color="C0", alpha=0.25, linewidth=0.8)
+        axes.plot(tokens, smoothed(losses, len(losses) // 40), color="C0", label="train")
+    if val:
+        tokens, losses = zip(*val, strict=True)
+        label = f"validation (best {min(losses):.3f})"
+        axes.plot(tokens, losses, "o-", color="C1", markersize=3, label=label)
+    axes.set(xlabel="tokens seen", ylabel="loss, nats per token", title=title)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M, not 1.5 and a lonely 1e6
+    axes.grid(alpha=0.3)
+    if train or val:
+        axes.legend()
+    save_figure(figure, path)

@@ -1,0 +1,192 @@
+"""common/run.py and common/files.py: what a run continues from, its ledger, disks that take nothing."""
+import dataclasses
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from common import run
+from common.config import UserError
+from common.distributed import Dist
+from common.files import DiskError, append_row, read_rows, write_text
+from common.run import Run, RunConfig, append_to_ledger, finite, read_ledger
+
+DIST = Dist(0, 1, torch.device("cpu"))
+
+
+@dataclasses.dataclass
+class Example(RunConfig):
+    MAY_CHANGE = {"speed"}
+    width: int = 4  # how wide
+    speed: float = 1.0  # how fast
+    lens: tuple[int, ...] = ()  # some
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Continuing
+
+
+def test_an_option_that_did_not_exist_had_its_default():
+    """Else adding any flag would strand every unfinished run."""
+    old = {"width": 4, "name": "x"}  # made before `lens` and all of RunConfig's options were there
+    assert Example().differences(old) == []
+    assert Example(width=5, lens=(1, 2), speed=9.0, name="other", device="cpu").differences(old) == [
+        "lens: [] -> [1, 2]", "width: 4 -> 5"]
+    assert Example(lens=(1,)).differences(old | {"lens": [1]}) == []
+    assert Example().differences(old | {"gone": 3}) == ["gone: 3 -> (no such option any more)"]
+    assert Example(speed=2.0).differences(old, free=set()) == ["name: x -> run", "speed: 1.0 -> 2.0"]
+
+
+def test_a_run_of_before_an_option_was_added_goes_on(small):
+    train.main(small(max_minutes=1e-6))
+    path = os.path.join(small().out_dir, "run/last.pt")
+    saved = torch.load(path, weights_only=True)
+    for option in ("attn_sink", "question", "tbptt", "short_conv", "muon_lr"):
+        del saved["config"][option]
+    torch.save(saved, path)
+    assert train.main(small())["counts"]["steps"] == 20
+
+
+def test_a_length_that_was_given_wins_over_a_default(small):
+    """--max_steps alone: no epoch ends it. And a run that began without --epochs goes on as it began."""
+    from common.config import load
+    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(small()).items()
+             if k in ("data", "out_dir", "name", "d_model", "max_seq_len", "device", "dtype", "batch_size")]
+    plan = train.main(load(train.TrainConfig, [*flags, "--max_steps=5000", "--dry_run"]))
+    assert plan["steps"] == 5000 > 3 * plan["per_epoch"] / 8
+    one = train.main(load(train.TrainConfig, [*flags, "--dry_run"]))
+    assert one["steps"] == -(-one["per_epoch"] // 8)
+    both = train.main(load(train.TrainConfig, [*flags, "--max_steps=5000", "--epochs=2", "--dry_run"]))
+    assert both["steps"] == -(-2 * both["per_epoch"] // 8)
+
+
+def test_processes_that_see_other_folders_are_told(small, monkeypatch):
+    cfg = small(max_minutes=1e-6)
+    train.main(cfg)
+    elsewhere = [-1.0]  # another machine, whose disk has no such run
+    monkeypatch.setattr(Dist, "min", lambda self, value: min([value, *elsewhere]))
+    with pytest.raises(
+        UserError, match="not all processes see the same run in .*must be on a disk they share"
+    ):
+        train.main(small())
+
+
+def test_a_new_run_leaves_what_is_not_its_own(small):
+    folder = Path(small().out_dir, "run")
+    folder.mkdir(parents=True)
+    for name in ("notes.txt", "metrics.jsonl", "last.pt.tmp", "samples.txt"):
+        (folder / name).write_text("old")
+    train.main(small(max_steps=1, log_interval=1))
+    assert (folder / "notes.txt").read_text() == "old" and not (folder / "last.pt.tmp").exists()
+    assert [r["step"] for r in read_rows(str(folder / "metrics.jsonl"))] == [1, 1]
+    assert not (folder / "samples.txt").read_text().startswith("old")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The ledger
+
+
+def test_a_row_says_what_ran_and_is_written_once(tmp_path):
+    cfg = Example(out_dir=str(tmp_path), question="why?", seed=3)
+    row = run.ledger_row("probe", cfg, DIST, counts={"steps": 2}, result={"loss": float("nan"), "all": [1.5]},
+                         seconds=0.5, dtype="fp32")
+    for _ in range(2):
+        append_to_ledger(str(tmp_path), row)
+    saved, = read_ledger(str(tmp_path))
+    assert saved == finite(json.loads(json.dumps(row | {"result": {"loss": None, "all": [1.5]}})))
+    assert (saved["script"], saved["question"], saved["seed"]) == ("probe", "why?", 3)
+    assert {"config", "counts", "result", "seconds", "hardware", "commit", "status"} <= saved.keys()
+    assert saved["hardware"]["processes"] == 1 and saved["hardware"]["torch"] == torch.__version__
+
+
+def test_rows_of_before_are_read_as_those_of_today(tmp_path):
+    old = {"run_id": "a", "script": "train", "name": "demo", "status": "finished", "steps": 20, "tokens": 99,
+           "parameters": 7, "best_val_loss": 2.5, "best_val_step": 20, "best_val_bits_per_byte": 1.5,
+           "seconds": 3.0, "sessions": 2, "peak_memory_gb": 0.3, "device": "cpu, 2 threads", "dtype": "fp32",
+           "world": 1, "seed": 1, "git": "563f08e", "config": {"lr": 1e-3}}
+    append_row(str(tmp_path / "ledger.jsonl"), old)
+    row, = read_ledger(str(tmp_path))
+    assert row["result"] == {"loss": 2.5, "step": 20, "bits_per_byte": 1.5} and row["commit"] == "563f08e"
+    assert (
+        row["counts"]["tokens"] == 99 and row["counts"]["parameters"] == 7 and row["config"] == {"lr": 1e-3}
+    )
+    assert row["hardware"] == {
+        "device": "cpu, 2 threads",
+        "processes": 1,
+        "dtype": "fp32",
+        "peak_memory_gb": 0.3,
+    }
+
+
+def test_the_question_of_a_config_file_reaches_the_ledger(small, tmp_path):
+    from common.config import load
+    path = tmp_path / "mine.py"
+    path.write_text("# Question: does it work?\n# Changed: nothing.\nwidth = 6\n")
+    assert load(Example, [str(path)]).question == "does it work?"
+    assert load(Example, [str(path), "--question=other"]).question == "other"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Disks
+
+FULL = """
+import resource, signal, sys
+import torch; torch.set_num_threads(1)
+import train
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails, as on a full disk
+real, saves = train.Run.save, []
+def save(self, *args, **progress):
+    saves.append(progress["step"])
+    if len(saves) == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    real(self, *args, **progress)
+train.Run.save = save
+from common.config import launch
+launch(train.main, train.TrainConfig)
+"""
+
+
+def test_a_full_disk_loses_nothing_and_says_what_to_do(small):
+    """A limit on the size of files stands in for it: torch's writer fails in the middle of a checkpoint."""
+    whole, cfg = small(name="whole", save_minutes=0.0), small(save_minutes=0.0)
+    train.main(whole)
+    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v not in ((), "")]
+    done = subprocess.run([sys.executable, "-c", FULL, *flags], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    for expected in ("error: could not write", "last.pt", "larger than is allowed here",
+                     "all that was saved before is whole", "the same command continues"):
+        assert expected in done.stderr, done.stderr
+    folder = Path(cfg.out_dir, "run")
+    assert not list(folder.glob("*.tmp"))
+    assert torch.load(folder / "last.pt", weights_only=True)["progress"]["step"] == 2
+    assert train.main(cfg)["status"] == "finished"
+    rows = [[(r["step"], r.get("train_loss"), r.get("val_loss")) for r in read_rows(
+        os.path.join(c.out_dir, c.name, "metrics.jsonl"))] for c in (whole, cfg)]
+    assert rows[0] == rows[1]
+
+
+def test_a_failed_write_says_which_file_and_why(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("I am a file")
+    with pytest.raises(DiskError, match="could not write .*file/x: its folder is a file"):
+        write_text(str(tmp_path / "file" / "x"), "text")
+    with pytest.raises(DiskError, match="out/run: its folder is a file|out/run: that is a file"):
+        (tmp_path / "out").write_text("")
+        with Run(Example(out_dir=str(tmp_path / "out")), DIST, "probe"):
+            pass
+    path = str(tmp_path / "kept")
+    write_text(path, "before")
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limit[1]))
+        with pytest.raises(DiskError, match="Too many open files"):
+            write_text(path, "after")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert open(path).read() == "before" and sorted(os.listdir(tmp_path)) == ["file", "kept", "out"]
