@@ -47,12 +47,6 @@ from dataclasses import asdict, dataclass, fields
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from tqdm import tqdm
-
 from common import data, distributed
 from common.config import UserError, launch, load
 from common.console import say
@@ -66,6 +60,12 @@ from common.tokenizer import rank_bpe
 from model import LM, ModelConfig
 from muon import make_optimizer, set_learning_rates
 from train import TrainConfig
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
 # Config

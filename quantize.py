@@ -21,8 +21,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from common import checkpoint, data, distributed
 from common.config import UserError, launch
 from common.console import say
@@ -30,6 +28,8 @@ from common.evaluate import evaluate
 from common.int8 import to_int8
 from common.run import MachineConfig, append_to_ledger, ledger_row
 from model import LM, load_model
+
+import torch
 
 # ------------------------------------------------------------------------------------------------------------
 # Config

@@ -38,10 +38,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
+from common import fit
 from common.config import ConfigError, UserError, launch
 from common.console import resume_command, say
 from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
@@ -51,6 +48,10 @@ from common.step import NotFinite, backward, update, wrap
 from common.stop import StopRequest
 from common.tables import grid, new_figure, save_figure
 from model import LM, ModelConfig
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -370,6 +371,9 @@ def main(cfg: RecallConfig) -> dict:
         say(f"mixers x sizes = {len(cfg.mixers)} x {len(cfg.sizes)} = {len(arms)} arms, each with at most "
             f"{len(cfg.lrs)} learning rates + {cfg.seeds - 1} more seeds = {most} models: at most "
             f"{len(arms) * most} models of at most {cfg.steps:,} steps, {len(done)} there; in {folder}")
+        for mixer, size in arms:
+            fit.refuse_hopeless(LM, model_config(cfg, mixer, size), fit.room_for(0, dist),
+                                max(cfg.batch_size, 4 * cfg.eval_sequences))
         if cfg.dry_run:
             for mixer, size in arms:
                 model, (rows, todo) = LM(model_config(cfg, mixer, size)), progress(cfg, mixer, size, done)

@@ -14,8 +14,6 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from common import distributed, tokenizer
 from common.checkpoint import check_tokenizer
 from common.config import UserError, launch
@@ -23,6 +21,8 @@ from common.console import say
 from common.run import MachineConfig
 from common.stream import StreamDecoder
 from model import load_model
+
+import torch
 
 # ------------------------------------------------------------------------------------------------------------
 # Config

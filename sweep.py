@@ -31,9 +31,6 @@ import time
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
-import torch
-from tqdm import tqdm
-
 from common import checkpoint, data
 from common.config import Config, ConfigError, UserError, launch, load
 from common.console import resume_command, say
@@ -43,6 +40,9 @@ from common.run import RunConfig, append_to_ledger, digest, finite, ledger_row, 
 from common.stats import holm, paired_difference
 from common.stop import StopRequest
 from common.tables import grid, new_figure, save_figure
+
+import torch
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------------
 # Config

@@ -16,8 +16,6 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 
-import torch
-
 from common import checkpoint, distributed, fit
 from common.config import UserError, launch
 from common.console import StepBar, resume_command, say
@@ -30,6 +28,8 @@ from common.stop import StopRequest
 from common.tables import draw_losses
 from model import LM, ModelConfig
 from muon import OptimizerConfig, describe_groups, make_optimizer, parameter_groups, set_learning_rates
+
+import torch
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -366,7 +366,8 @@ def main(cfg: TrainConfig) -> dict:
         if dist.device.type == "cpu" and not cfg.checkpoint_activations:  # up to a quarter more memory: holes
             distributed.keep_freed_memory()
         room = fit.room_for(cfg.memory_gb, dist)
-        fit.refuse_hopeless(LM, cfg, room)
+        fit.refuse_hopeless(LM, cfg, room * (4 if cfg.micro_batch_size else 1), cfg.batch_size,
+                            fit.states_of(cfg), cfg.dry_run)
         needs = fit.Needs(LM, cfg, distributed.choose_dtype(cfg.dtype, dist.device)[0], dist.device)
         if cfg.dry_run:
             plan = plan_run(cfg, dist, text, needs, room)

@@ -4,10 +4,10 @@ Shapes: B batch, H heads, G key/value heads, T queries, S keys (the queries are 
 head size, W window """
 import functools
 
+from common.block_attention import block_attention
+
 import torch
 import torch.nn.functional as F
-
-from common.block_attention import block_attention
 
 
 def causal_mask(T: int, S: int, window: int, device):

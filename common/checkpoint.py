@@ -4,10 +4,10 @@ import pickle
 import re
 import zipfile
 
-import torch
-
 from common.config import UserError
 from common.files import write_atomically
+
+import torch
 
 
 class CheckpointError(UserError):

@@ -283,8 +283,9 @@ def launch(main, cls) -> None:
         text, code = "", 141
     except OSError as e:
         text, code = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
-    except (MemoryError, RuntimeError) as e:  # torch has an error of its own, but on a GPU only
-        if isinstance(e, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(e)):
+    except (MemoryError, RuntimeError, ValueError) as e:  # torch and numpy have no error of their own for it
+        if not isinstance(e, MemoryError) and not re.search(
+                "(out of|enough|allocate) memory|size calculation overflowed|array is too big", str(e)):
             raise
         text, code = f"error: out of memory ({str(e):.150}); use a smaller --micro_batch_size or model", 2
     print(text, file=sys.stderr)

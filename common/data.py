@@ -4,11 +4,11 @@ import json
 import os
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
 from common import tokenizer
 from common.config import UserError
+
+import numpy as np
+import torch
 
 
 class DataError(UserError):

@@ -9,10 +9,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
+from common.config import UserError
+
 import torch
 import torch.distributed as dist
-
-from common.config import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

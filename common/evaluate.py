@@ -5,12 +5,12 @@ import functools
 import math
 import sys
 
+from common import data
+from common.distributed import Dist, autocast
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-
-from common import data
-from common.distributed import Dist, autocast
 
 LOGITS = 2**25  # numbers held at once where logits are needed: 128 MB
 

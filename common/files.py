@@ -17,8 +17,10 @@ class DiskError(UserError):
 
     def __init__(self, path: str, error: OSError):
         reason = ADVICE.get(error.errno, error.strerror or str(error))
-        super().__init__(f"could not write {path}: {reason}\nall that was saved before is whole: the same "
-                         "command continues from there, or write elsewhere with --out_dir (or --data_dir)")
+        super().__init__(
+            f"could not write {path}: {reason}\nall that was saved before is whole: then the "
+            "same command continues; or write elsewhere with --out_dir (prepare_data: --data_dir)"
+        )
 
 
 @contextlib.contextmanager

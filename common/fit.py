@@ -6,11 +6,11 @@ import math
 import os
 from dataclasses import replace
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from common import distributed, head_loss
 from common.config import UserError
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 LAYER_OBJECTS = 1e5  # bytes of Python objects that a layer of any kind takes, roughly
 
@@ -84,7 +84,8 @@ def states_of(cfg) -> int:
     return 1 if cfg.optimizer == "sgd" else 2
 
 
-def refuse_hopeless(make_model, cfg, room: float) -> None:
+def refuse_hopeless(make_model, cfg, room: float, batch_size: int, states: int = 2,
+                    dry_run: bool = False) -> None:
     """UserError for a model that cannot fit into `room` bytes by far, found from one or two of its layers:
     building all of 1e9 would itself fill the memory. A dry run may be of a model that is too large, as long
     as it can be built without its tensors."""
@@ -95,15 +96,15 @@ def refuse_hopeless(make_model, cfg, room: float) -> None:
             a, b = (sum(p.numel() for p in make_model(c).parameters()) for c in few)
     except RuntimeError:  # a size beyond 2^63
         a = b = 1e30
-    weights = 4 * (2 + states_of(cfg)) * (a + (unique / unit - 1) * (b - a))
+    weights = 4 * (2 + states) * (a + (unique / unit - 1) * (b - a))
     activations = 4.0 * cfg.max_seq_len * cfg.d_model * cfg.n_layers
-    objects, ids = LAYER_OBJECTS * cfg.n_layers, 16.0 * cfg.batch_size * cfg.max_seq_len
-    needed = objects + activations + ids + (0 if cfg.dry_run and weights < 1e15 else weights)
-    if needed > room * (4 if cfg.micro_batch_size else 1):
-        sizes = ", ".join(f"{k}={getattr(cfg, k):,}" for k in ("n_layers", "d_model", "max_seq_len",
-                                                              "batch_size", "vocab_size"))
+    objects, ids = LAYER_OBJECTS * cfg.n_layers, 16.0 * batch_size * cfg.max_seq_len
+    needed = objects + activations + ids + (0 if dry_run and weights < 1e15 else weights)
+    if needed > room:
+        sizes = ", ".join(f"{k}={getattr(cfg, k):,}" for k in (
+            "n_layers", "d_model", "max_seq_len", "vocab_size"))
         raise UserError(f"this needs at least {needed / 1e9:,.0f} GB, but there is room for "
-                        f"{room / 1e9:.1f} GB; use smaller sizes: {sizes}")
+                        f"{room / 1e9:.1f} GB; use smaller sizes: {sizes}, batch_size={batch_size:,}")
 
 
 def largest_micro_batch(needs: Needs, dist, room: float) -> int:

@@ -9,12 +9,12 @@ dtype of the rest: 8 bits would be lost in theirs.
 
 Shapes: N rows of an activation, K inputs, M outputs, E experts, B batch, T time
 """
+from common import layers
+from common.config import UserError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from common import layers
-from common.config import UserError
 
 # torch._int_mm is oneDNN's product on x86; CUDA's takes no fewer than 17 rows, elsewhere there is none or a
 # slow one. Microseconds for one row, quantising and scaling included (2 cores with AVX512-VNNI, torch 2.13):

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from common import distributed
+
 import torch
 from tqdm import tqdm
-
-from common import distributed
 
 SPAWN = multiprocessing.get_context("spawn")  # a forked process would start with this one's peak memory
 

@@ -11,12 +11,12 @@ import uuid
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import torch
-
 from common import checkpoint, distributed
 from common.checkpoint import CheckpointError
 from common.config import Config, UserError
 from common.files import append_row, make_folder, read_rows, write_text, writing
+
+import torch
 
 # ------------------------------------------------------------------------------------------------------------
 # Options that scripts share

@@ -10,11 +10,11 @@ import contextlib
 import importlib.util
 import math
 
-import torch
-from torch.nn.parallel import DistributedDataParallel
-
 from common.config import UserError
 from common.distributed import Dist, autocast
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 
 class NotFinite(UserError):

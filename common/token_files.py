@@ -7,12 +7,13 @@ import re
 import shutil
 import tempfile
 
-import numpy as np
-
 from common.config import UserError
 from common.corpus import FAR, cut
+from common.files import make_folder, sync, writing
 from common.splits import Piece
 from common.tokenizer import Tokenizer
+
+import numpy as np
 
 MIN_LINE = 40  # characters: shorter lines repeat by chance ("Enter a messenger.")
 MAX_LINES = 2_000_000  # of val or test that are checked, so that memory stays flat
@@ -40,6 +41,10 @@ class SplitWriter:
             return
         if not piece.text:
             return
+        with writing(self.path):
+            self.write(piece, ids)
+
+    def write(self, piece: Piece, ids: np.ndarray) -> None:
         data = np.array([self.tok.eot], self.dtype).tobytes() * piece.first + ids.astype(self.dtype).tobytes()
         self.file.write(data)
         self.sha.update(data)
@@ -72,8 +77,9 @@ class SplitWriter:
 
     def finish(self) -> dict:
         """The split's entry in meta.json."""
-        self.add_lines("\n")
-        self.file.close()
+        with writing(self.path):
+            self.add_lines("\n")
+            self.file.close()
         with open(self.path, "rb") as f:
             head = hashlib.sha256(f.read(2**20)).hexdigest()
         return {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes, "words": self.words,
@@ -101,7 +107,7 @@ def new_folder(folder: str, overwrite: bool):
     """A temporary folder to fill, which takes the place of `folder` once everything in it is on disk."""
     parent, name = os.path.split(folder)
     tmp, old = (os.path.join(parent, f".{name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    os.makedirs(tmp)
+    make_folder(tmp)
     try:
         yield tmp
         if os.path.exists(folder) and not overwrite:
@@ -115,12 +121,6 @@ def new_folder(folder: str, overwrite: bool):
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-
-def sync(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def clean_up(folder: str) -> None:

@@ -16,9 +16,10 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from common.config import UserError
+from common.files import write_text
+
+import numpy as np
 
 EOT = "<|endoftext|>"
 UNK = "<unk>"
@@ -78,9 +79,9 @@ class Tokenizer:
         raise NotImplementedError
 
     def save(self, folder: str) -> None:
-        with open(os.path.join(folder, FILE), "w", encoding="utf-8") as f:
-            json.dump({"kind": self.kind, "name": self.name, "eot": self.eot, "vocab_size": self.vocab_size,
-                       "fingerprint": self.fingerprint, "content": self.content}, f, ensure_ascii=False)
+        write_text(os.path.join(folder, FILE), json.dumps({
+            "kind": self.kind, "name": self.name, "eot": self.eot, "vocab_size": self.vocab_size,
+            "fingerprint": self.fingerprint, "content": self.content}, ensure_ascii=False))
 
 
 class Bytes(Tokenizer):

@@ -2,15 +2,15 @@
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
-import pytest
-import torch
-
 import prepare_data
 from common.data import Windows, open_text
 from common.distributed import Dist
 from model import LM
 from muon import make_optimizer
 from train import TrainConfig
+
+import pytest
+import torch
 
 torch.set_num_threads(1)  # the models are tiny, and threads of several processes get in each other's way
 

@@ -6,17 +6,17 @@ import json
 import math
 import statistics
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 import bench
 from bench import BenchConfig
 from common import data, race, tokenizer
 from common.config import ConfigError, UserError
 from common.race import Row
 from model import LM
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 STAND_IN = '''
 import os

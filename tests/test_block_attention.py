@@ -2,12 +2,12 @@
 import itertools
 import math
 
-import pytest
-import torch
-
 from common import block_attention as module
 from common.block_attention import block_attention, random_keep
 from tests.test_head_loss import Made
+
+import pytest
+import torch
 
 
 def dense(q, k, v, window, keep=None, sink=None):

@@ -2,12 +2,12 @@
 import os
 import pickle
 
-import pytest
-import torch
-
 from common import checkpoint
 from common.checkpoint import CheckpointError
 from common.files import DiskError, write_atomically
+
+import pytest
+import torch
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):

@@ -7,8 +7,6 @@ import sys
 import typing
 from pathlib import Path
 
-import pytest
-
 import bench
 import prepare_data
 import quantize
@@ -17,6 +15,8 @@ import sample
 import sweep
 import train
 from common.config import Config, ConfigError, help_text, load, option_types
+
+import pytest
 
 SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,

@@ -6,11 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-
 import train
 from common.config import ConfigError, load
 from common.fit import Needs
@@ -20,6 +15,11 @@ from model import LM, ModelConfig
 from muon import parameter_groups
 from tests.conftest import started
 from tests.test_model import tokens
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 SMALL = {"vocab_size": 61, "max_seq_len": 24, "d_model": 32, "n_layers": 3, "d_ff": 48, "pos": "none"}
 GATED = {"mixer": "context", "activation": "relu", "tie_embeddings": False}

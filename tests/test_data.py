@@ -3,11 +3,11 @@ import json
 import os
 import shutil
 
+from common import data
+
 import numpy as np
 import pytest
 import torch
-
-from common import data
 
 CPU = torch.device("cpu")
 

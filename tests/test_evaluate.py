@@ -1,14 +1,14 @@
 """common/evaluate.py against a loop over single predictions and closed forms."""
 import math
 
-import numpy as np
-import pytest
-import torch
-
 from common import data
 from common.distributed import Dist
 from common.evaluate import evaluate, expert_usage
 from model import LM
+
+import numpy as np
+import pytest
+import torch
 
 DIST = Dist(0, 1, torch.device("cpu"))
 

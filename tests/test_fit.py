@@ -7,14 +7,14 @@ import re
 import subprocess
 import sys
 
-import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 import train
 from common import distributed, fit
 from common.config import UserError
 from model import LM
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CPU = torch.device("cpu")
 

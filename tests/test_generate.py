@@ -1,9 +1,9 @@
 """Generation for prompts of different lengths, and with a compiled step."""
-import pytest
-import torch
-
 from model import load_model
 from tests.test_model import tiny, tokens
+
+import pytest
+import torch
 
 VARIANTS = [{"pos": "learned"}, {"pos": "rope", "n_kv_heads": 2, "window": 6, "qk_norm": True},
             {"pos": "none", "window": 3, "global_every": 2}]

@@ -1,13 +1,13 @@
 """head_loss.py against F.cross_entropy and F.kl_div on all logits at once."""
+from common import head_loss
+from common.head_loss import chunked_loss, cross_entropy
+from tests.test_model import tiny, tokens
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from common import head_loss
-from common.head_loss import chunked_loss, cross_entropy
-from tests.test_model import tiny, tokens
 
 
 @pytest.fixture(autouse=True)

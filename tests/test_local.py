@@ -1,16 +1,16 @@
 """Local attention against the dense mask, and the caches of local layers."""
 import math
 
-import pytest
-import torch
-from torch.nn.attention.flex_attention import flex_attention
-
 import model as model_module
 from common.attention import fast_attention, flex_mask
 from common.config import ConfigError
 from common.generation import KVCache
 from model import ModelConfig, attention
 from tests.test_model import tiny, tokens
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 VARIANTS = [{"pos": "rope", "n_kv_heads": 2, "qk_norm": True}, {"pos": "none", "norm": "rmsnorm"},
             {"pos": "learned", "global_every": 2}]

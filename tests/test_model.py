@@ -3,6 +3,13 @@ import itertools
 import math
 import warnings
 
+import model as model_module
+from common.config import ConfigError, load
+from common.generation import KVCache, sample_token
+from model import LM, ModelConfig, rope_angles, rotate
+from muon import lr_fraction
+from train import TrainConfig
+
 import pytest
 import torch
 import torch.nn as nn
@@ -16,13 +23,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-
-import model as model_module
-from common.config import ConfigError, load
-from common.generation import KVCache, sample_token
-from model import LM, ModelConfig, rope_angles, rotate
-from muon import lr_fraction
-from train import TrainConfig
 
 VARIANTS = [
     {},

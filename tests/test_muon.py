@@ -4,16 +4,16 @@ import math
 import re
 from pathlib import Path
 
-import pytest
-import torch
-import torch.distributed as dist
-import torch.multiprocessing
-
 import muon
 import train
 from common.config import load
 from model import LM
 from muon import Muon, make_optimizer, orthogonalize, parameter_groups
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
 
 def config(**options):

@@ -10,9 +10,6 @@ import os
 import shutil
 import tarfile
 
-import pytest
-import torch
-
 import quantize
 import recall_probe
 import sample
@@ -21,6 +18,9 @@ import train
 from common.files import read_rows
 from common.run import read_ledger
 from model import load_model
+
+import pytest
+import torch
 
 BASE = {
     "data": "data/sonnets",

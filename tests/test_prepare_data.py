@@ -16,17 +16,17 @@ import tarfile
 import time
 import types
 
+import prepare_data
+from common import corpus, tokenizer
+from common.config import ConfigError, UserError, load
+from prepare_data import PrepareConfig, main
+
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-
-import prepare_data
-from common import corpus, tokenizer
-from common.config import ConfigError, UserError, load
-from prepare_data import PrepareConfig, main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TEXTS = list(pydoc_data.topics.topics.values())  # real English that every CPython ships

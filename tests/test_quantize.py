@@ -4,10 +4,6 @@ import os
 import shutil
 import statistics
 
-import pytest
-import torch
-import torch.nn as nn
-
 import quantize
 import sample
 import train
@@ -22,6 +18,10 @@ from tests import test_context
 from tests.test_generate import joined
 from tests.test_model import tiny, tokens
 from tests.test_reuse import VARIANTS, every_variant
+
+import pytest
+import torch
+import torch.nn as nn
 
 
 def rounded(x):

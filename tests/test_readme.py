@@ -3,8 +3,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
-
 import bench
 import prepare_data
 import quantize
@@ -13,6 +11,8 @@ import sample
 import sweep
 import train
 from common.config import load
+
+import pytest
 
 CLASSES = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,

@@ -6,17 +6,17 @@ import os
 import signal
 import types
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-
 import recall_probe
 from common.config import ConfigError, UserError, load
 from common.distributed import Dist
 from common.files import read_rows
 from model import LM
 from recall_probe import TEST, TRAIN, VALIDATION, RecallConfig, sequences, training_batch
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
 
 SMALL = {"mixers": ("attention",), "sizes": (32,), "pairs": (1, 2), "seq_len": 8, "vocab_size": 16,
          "batch_size": 32, "steps": 300, "eval_interval": 10, "eval_sequences": 64, "lrs": (2e-2,),

@@ -2,11 +2,6 @@
 embeddings - alone and together, against a slow model written out here from the same parameters."""
 import math
 
-import pytest
-import torch
-import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 import train
 from common import distributed
 from common.config import ConfigError
@@ -16,6 +11,11 @@ from model import LM, Experts, ModelConfig, load_model
 from tests.test_generate import joined
 from tests.test_model import TINY, tiny, tokens
 from tests.test_train import assert_close_run, assert_same_run, final, signal_at, torchrun
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 COMBINED = {"n_layers": 6, "n_unique_blocks": 2, "adapter_rank": 3, "proj_rank": 5, "qkv_share": 2,
             "n_experts": 3, "expert_balance": 0.5, "embed_rank": 6, "attn_scale": True, "attn_sink": True,

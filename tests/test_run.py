@@ -7,15 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 import train
 from common import run
 from common.config import UserError
 from common.distributed import Dist
 from common.files import DiskError, append_row, read_rows, write_text
 from common.run import Run, RunConfig, append_to_ledger, finite, read_ledger
+
+import pytest
+import torch
 
 DIST = Dist(0, 1, torch.device("cpu"))
 
@@ -161,7 +161,7 @@ def test_a_full_disk_loses_nothing_and_says_what_to_do(small):
                           env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     for expected in ("error: could not write", "last.pt", "larger than is allowed here",
-                     "all that was saved before is whole", "the same command continues"):
+                     "all that was saved before is whole: then the same command continues"):
         assert expected in done.stderr, done.stderr
     folder = Path(cfg.out_dir, "run")
     assert not list(folder.glob("*.tmp"))

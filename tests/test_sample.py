@@ -6,15 +6,15 @@ import shutil
 import subprocess
 import sys
 
-import pytest
-import torch
-
 import sample
 import train
 from common import checkpoint, tokenizer
 from common.config import ConfigError, UserError
 from model import load_model
 from sample import SampleConfig
+
+import pytest
+import torch
 
 
 @pytest.fixture(scope="module")

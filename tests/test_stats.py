@@ -3,9 +3,9 @@ import itertools
 import math
 import random
 
-import pytest
-
 from common.stats import holm, paired_difference
+
+import pytest
 
 
 def t_of(differences):

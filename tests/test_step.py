@@ -3,16 +3,16 @@ import contextlib
 import math
 from types import SimpleNamespace
 
-import pytest
-import torch
-import torch.nn.functional as F
-
 from common import step
 from common.distributed import Dist
 from common.step import NotFinite, backward, update
 from model import LM, ModelConfig
 from tests.conftest import started
 from tests.test_model import tiny, tokens
+
+import pytest
+import torch
+import torch.nn.functional as F
 
 CPU = torch.device("cpu")
 OFF = torch.amp.GradScaler("cpu", enabled=False)

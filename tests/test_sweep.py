@@ -9,9 +9,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-import torch
-
 import sweep
 import train
 from common import checkpoint
@@ -19,6 +16,9 @@ from common.config import ConfigError, UserError, load
 from common.files import read_rows
 from common.stats import paired_difference
 from sweep import SweepConfig
+
+import pytest
+import torch
 
 SMALL = {"name": "tiny", "device": "cpu", "dtype": "fp32", "d_model": 32, "n_layers": 1, "n_heads": 2,
          "max_seq_len": 32, "batch_size": 8, "lr": 3e-3, "epochs": 0.0, "max_steps": 20, "eval_interval": 10,

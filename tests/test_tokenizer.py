@@ -6,15 +6,15 @@ import random
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-import tiktoken
-import tokenizers
-
 from common import tokenizer
 from common.config import UserError
 from common.stream import StreamDecoder
 from common.tokenizer import EOT, load, open_tokenizer
+
+import numpy as np
+import pytest
+import tiktoken
+import tokenizers
 
 TEXTS = list(pydoc_data.topics.topics.values())  # real English that every CPython ships
 ODD = "Hi 👩‍👩‍👧 <|endoftext|> <unk>, (<unk>) naïve\r\n\t x²  don't 日本語 \x00 café\u0301 \ufffd  \n\n end "

@@ -8,9 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 import train
 from common import checkpoint, data, distributed
 from common.config import ConfigError, UserError, load
@@ -20,6 +17,9 @@ from common.step import backward, update
 from model import LM
 from muon import Muon, set_learning_rates
 from tests.conftest import started
+
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 CONFIGS = Path("config").resolve()
@@ -515,7 +515,7 @@ def test_every_config_takes_two_steps(path, corpus, tmp_path):
         norm = update(job.model, job.optimizer, job.scaler, cfg.grad_clip, loss)
         if n == 0:
             # a little below ln V: tied embeddings already favour a repeated byte, texts are full of spaces;
-            # ln V; with zero_init nothing else has a say yet
+            # with zero_init nothing else has a say yet
             assert -1 - 1.5 * cfg.zero_init < loss - math.log(job.cfg.vocab_size) < 1 and 0 < norm < 100
     assert all(not torch.equal(a, b) for a, b in zip(before, job.model.parameters(), strict=True))
 
