@@ -11,10 +11,10 @@ demo: $(VENV)/run
 	$(RUN) sample.py out/demo --prompt="ROMEO." --max_new_tokens=150
 
 test: $(VENV)/dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 test-slow: $(VENV)/dev
-	$(RUN) -m pytest -m ""
+	$(RUN) -m pytest -m "" -n auto --maxprocesses=4 --dist=worksteal
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .

@@ -62,14 +62,15 @@ def losses(path: str) -> list[list]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_an_unfinished_run_goes_on(old, name):
-    """As it would have then; another machine may round otherwise, so to rounding."""
+    """As it would have then, to rounding: other machines round otherwise, most of all where Muon uses bf16."""
+    rel_tol = 1e-3 if name == "muon" else 2e-5
     row = train.main(train.TrainConfig(**BASE | RUNS[name] | {"name": name}))
     assert row["status"] == "finished" and row["counts"]["sessions"] == 2
     assert row["counts"]["steps"] == {"epoch": 4, "capped": 64}.get(name, 12)
     now, then = losses(f"out/{name}/metrics.jsonl"), losses(f"whole/{name}/metrics.jsonl")
     assert len(now) == len(then)
     for a, b in zip(now, then, strict=True):
-        assert all(x == y or math.isclose(x, y, rel_tol=2e-5) for x, y in zip(a, b, strict=True)), (a, b)
+        assert all(x == y or math.isclose(x, y, rel_tol=rel_tol) for x, y in zip(a, b, strict=True)), (a, b)
 
 
 @pytest.mark.parametrize("name", ["done", "done_gated"])
