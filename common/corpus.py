@@ -1,46 +1,43 @@
-"""Documents out of files, and pieces of documents that can be encoded one by one.
+"""Documents read from files and data sets, and cut into pieces that can be encoded separately.
 
-A stream is text in chunks of any size, in which None ends a document, so that a document may be larger than
-the memory. Whatever cannot be read is a UserError with its file and line, row or byte: nothing is replaced.
+A stream yields chunks as (text, whether a document ends there), so a document may be larger than memory.
+Unreadable input is a UserError naming the file and the line, row or byte; nothing is replaced.
 """
 import codecs
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 
 from common.config import UserError
 from common.tokenizer import EOT, need
 
-Stream = Iterator[str | None]
-
-# ------------------------------------------------------------------------------------------------------------
-# Files
+Stream = Iterator[tuple[str, bool]]
 
 
-def read_txt(path: str, start: int = 0, end: int | None = None) -> Stream:
-    """Documents are what <|endoftext|> separates; the end of the mark's line belongs to the mark."""
+def read_txt(path: str, start: int = 0, end: float = math.inf) -> Stream:
+    """Documents separated by <|endoftext|>; a line end right after the mark belongs to the mark."""
     mark, hold, text = re.compile(re.escape(EOT) + r"(\r?\n)?"), len(EOT) + 3, ""
     for chunk in itertools.chain(decode_file(path, start, end), [None]):
         text, at = text + (chunk or ""), 0
         for m in mark.finditer(text):
             if chunk is not None and m.end() >= len(text) - 1:
-                break  # the line end may still come
-            yield text[at:m.start()]
-            yield None
+                break  # its line end may be in the next chunk
+            yield text[at:m.start()], True
             at = m.end()
-        keep = max(at, len(text) - hold) if chunk is not None else len(text)  # a mark may be half read
-        yield text[at:keep]
+        keep = max(at, len(text) - hold) if chunk is not None else len(text)  # may end in half a mark
+        yield text[at:keep], False
         text = text[keep:]
 
 
-def decode_file(path: str, start: int, end: int | None) -> Iterator[str]:
+def decode_file(path: str, start: int, end: float) -> Iterator[str]:
     """The text of bytes start to end, 1 MB at a time."""
-    rest, at = b"", start
+    rest, at, block = b"", start, None
     with open(path, "rb") as f:
         f.seek(start)
-        while True:
-            block = f.read(2**20 if end is None else min(2**20, end - at))
+        while block != b"":
+            block = f.read(min(2**20, end - at))
             try:
                 text, used = codecs.utf_8_decode(rest + block, "strict", not block)
             except UnicodeDecodeError as e:
@@ -48,36 +45,29 @@ def decode_file(path: str, start: int, end: int | None) -> Iterator[str]:
                                 f"convert it:  iconv -f LATIN1 -t UTF-8 {path} > fixed.txt") from None
             yield text.removeprefix("\ufeff") if at == 0 else text
             rest, at = (rest + block)[used:], at + len(block)
-            if not block:
-                return
 
 
 def has_mark(path: str) -> bool:
     """Whether <|endoftext|> occurs in the file."""
     with open(path, "rb") as f:
-        tail = b""
-        while block := f.read(2**20):
-            if EOT.encode() in tail + block:
-                return True
-            tail = block[-len(EOT):]
-    return False
+        blocks = itertools.chain([b""], iter(lambda: f.read(2**20), b""))
+        return any(EOT.encode() in a[-len(EOT):] + b for a, b in itertools.pairwise(blocks))
 
 
 def read_jsonl(path: str, key: str) -> Stream:
-    at = 0
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
-                row = json.loads(line.decode("utf-8-sig")) if line.strip() else None
+                text = line.decode("utf-8-sig").strip()
+                row = json.loads(text) if text else None
             except UnicodeDecodeError as e:
-                raise UserError(f"{path}:{n} is not UTF-8 at byte {at + e.start:,} ({e.reason})") from None
+                at = f.tell() - len(line) + e.start
+                raise UserError(f"{path}:{n} is not UTF-8 at byte {at:,} ({e.reason})") from None
             except ValueError as e:
-                raise UserError(f"{path}:{n} is not JSON ({e}); expected one document a line, "
+                raise UserError(f"{path}:{n} is not JSON ({e}); expected one document per line, "
                                 f'such as {{"{key}": "..."}}') from None
-            at += len(line)
-            if row is not None:
-                yield text_of(row, key, f"{path}:{n}")
-                yield None
+            if text:
+                yield text_of(row, key, f"{path}:{n}"), True
 
 
 def read_parquet(path: str, key: str) -> Stream:
@@ -86,58 +76,44 @@ def read_parquet(path: str, key: str) -> Stream:
         if key not in table.schema_arrow.names:
             raise UserError(f"{path}: no column '{key}'; it has: {', '.join(table.schema_arrow.names)}. "
                             "Choose one with --text_key=...")
-        rows = itertools.count()
-        for batch in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
-            for value in batch.column(0).to_pylist():
-                yield text_of({key: value}, key, f"{path} row {next(rows)}")
-                yield None
+        batches = table.iter_batches(batch_size=256, columns=[key], use_threads=False)
+        for n, value in enumerate(value for batch in batches for value in batch.column(0).to_pylist()):
+            yield text_of({key: value}, key, f"{path} row {n}"), True
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} is no readable parquet file ({e})") from None
+        raise UserError(f"{path} is not a readable parquet file ({e})") from None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Data sets
-
-
-def read_rows(rows, key: str, where: str, documents) -> Stream:
-    """Rows of a split of `datasets`; `documents` (one_each or articles) makes documents of their texts."""
+def read_rows(rows, key: str, where: str, is_lines: bool = False) -> Stream:
+    """A split of a `datasets` data set. Its rows are documents or, with `is_lines`, lines of articles."""
     try:
-        yield from documents(text_of(row, key, f"{where} row {n}") for n, row in enumerate(rows))
+        texts = (text_of(row, key, f"{where} row {n}") for n, row in enumerate(rows))
+        yield from articles(texts) if is_lines else zip(texts, itertools.repeat(True))
     except UserError:
         raise
-    except Exception as e:  # network, decompression, Arrow: each library has its own
+    except Exception as e:  # network, decompression and Arrow each raise errors of their own
         raise UserError(f"{where}: reading stopped ({type(e).__name__}: {str(e)[:300]})") from e
 
 
-def one_each(texts: Iterator[str]) -> Stream:
-    for text in texts:
-        yield text
-        yield None
-
-
 def articles(texts: Iterator[str]) -> Stream:
-    """WikiText's lines as articles. One begins at ` = Title = ` between blank lines (else it is a table row).
-    The hub has the file's blank lines, a space and a line end, as empty rows: they are put back, and counts
-    of words come out as published."""
-    before, line, begun = " \n", None, False
-    for after in itertools.chain(texts, [""]):
-        after = after or " \n"
-        if line is not None:
-            heading = re.fullmatch(r" = (?!= ).*(?<! =) = \n", line)
-            if heading and not before.strip() and not after.strip():
-                if begun:
-                    yield None
-                begun = True
-            yield line
-            before = line
-        line = after
+    """WikiText's lines, joined into articles. An article starts at ` = Title = ` between blank lines (without
+    them it is a table row). The hub stores the original's blank lines (a space and a line end) as empty rows;
+    restoring them gives the published word counts."""
+    before, begun = " \n", False
+    for line, after in itertools.pairwise(itertools.chain((text or " \n" for text in texts), [" \n"])):
+        heading = re.fullmatch(r" = (?!= ).*(?<! =) = \n", line)
+        if heading and not before.strip() and not after.strip():
+            yield "", begun
+            begun = True
+        yield line, False
+        before = line
 
 
 def text_of(row: dict, key: str, where: str) -> str:
-    """A row's text: a string, a list of strings (a line each) or of turns ({"role", "text" or "content"})."""
+    """A row's text: a string, a list of strings or of turns ({"role", "text" or "content"}), one per line."""
     if not isinstance(row, dict) or key not in row:
-        has = ", ".join(row) if isinstance(row, dict) else f"no fields, it is a {type(row).__name__}"
-        raise UserError(f"{where}: no field '{key}'; it has: {has}. Choose one with --text_key=...")
+        has = (f"it has: {', '.join(row)}. Choose one with --text_key=..." if isinstance(row, dict)
+               else f"the row is a {type(row).__name__}, not an object")
+        raise UserError(f"{where}: no field '{key}'; {has}")
     value, lines = row[key], []
     if isinstance(value, str):
         return value
@@ -146,40 +122,35 @@ def text_of(row: dict, key: str, where: str) -> str:
             text = item.get("text", item.get("content"))
             item = f"{item['role']}: {text}" if isinstance(text, str) else None
         if not isinstance(item, str):
-            raise UserError(f"{where}: field '{key}' is neither text, a list of texts, nor a list of turns "
+            raise UserError(f"{where}: field '{key}' is not a string, a list of strings, or a list of turns "
                             f"with \"role\" and \"text\" or \"content\": {str(value)[:80]}")
         lines.append(item)
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Pieces
-
-# tokens begin at a space between letters, so encoding the pieces equals encoding the whole
+# tokens start at a space between two letters, so encoding the pieces equals encoding the whole
 BOUNDARY = re.compile(r" (?<=[^\W\d_] )(?=[^\W\d_])")
-PIECE, FAR = 2**15, 2**18  # characters: a piece, and where it is cut hard for want of a boundary
+PIECE, FAR = 2**15, 2**18  # characters: a piece, and the length at which it is cut without a boundary
 
 
 def pieces(stream: Stream) -> Iterator[tuple[bool, str]]:
-    """(begins a document, text) in pieces of bounded size, however long the documents."""
-    first, held, size = True, [], 0
-    for chunk in itertools.chain(stream, [None]):
-        if chunk is not None:
-            held.append(chunk)
-            size += len(chunk)
-            if size < FAR:
-                continue
-        *done, rest = cut("".join(held), PIECE, FAR)
-        for text in done + [rest] * (chunk is None):
-            if text:
-                yield first, text
-                first = False
-        held, size = ([], 0) if chunk is None else ([rest], len(rest))
-        first = first or chunk is None
+    """(starts a document, text) in pieces of bounded size, however long the documents."""
+    first, text = True, ""
+    for chunk, ends in itertools.chain(stream, [("", True)]):
+        text += chunk
+        if len(text) < FAR and not ends:
+            continue
+        *done, text = cut(text, PIECE, FAR)
+        if ends:
+            done, text = [*done, text], ""
+        for piece in filter(None, done):
+            yield first, piece
+            first = False
+        first = first or ends
 
 
 def cut(text: str, piece: int, far: int) -> Iterator[str]:
-    """Pieces of about `piece` characters, cut at boundaries; last the rest, which may have none yet."""
+    """Pieces of about `piece` characters, cut at boundaries; the last is the rest, which may be longer."""
     start = 0
     while len(text) - start > piece:
         m = BOUNDARY.search(text, start + piece, start + far)

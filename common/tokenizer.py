@@ -1,17 +1,16 @@
 """Tokenizers behind one interface, made from the strings that --tokenizer takes:
 
     gpt2            GPT-2's byte-pair encoding (tiktoken); gpt2:PATH/gpt2.tiktoken reads a local rank file
-    bpe:8192        byte-level BPE of so many ids, trained on the training split, with GPT-2's rules
-    words:1000      the most frequent words, with <unk> and <|endoftext|> among the 1000 ids
+    bpe:8192        byte-level BPE with 8192 ids, trained on the training split, with GPT-2's rules
+    words:1000      the most frequent words; the 1000 ids include <unk> and <|endoftext|>
     bytes           256 bytes and <|endoftext|>
-    hf:NAME_OR_PATH a tokenizer.json of the `tokenizers` library: a file, a folder, or one of the hub
+    hf:NAME_OR_PATH a tokenizer.json of the `tokenizers` library: a file, a folder, or a name on the hub
 
-Whatever the kind, `save` writes one self-contained tokenizer.json, so a data or run folder can go anywhere.
+Whatever the kind, `save` writes one self-contained tokenizer.json: data and run folders can be moved freely.
 """
 import base64
 import hashlib
 import importlib
-import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,17 +24,17 @@ EOT = "<|endoftext|>"
 UNK = "<unk>"
 FILE = "tokenizer.json"
 FORMS = "gpt2, gpt2:PATH/gpt2.tiktoken, bpe:8192, words:1000, bytes, hf:NAME_OR_PATH"
-# OpenAI's r50k pattern: a space belongs to the word after it, so text may be cut at one between two letters
+# OpenAI's r50k pattern: a space belongs to the word after it, so text may be cut at a space between letters
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 WORD_PATTERN = rf"{UNK}|\w+|(?:(?!{UNK})[^\w\s])+"
 
 
 def need(module: str):
-    """The module, imported only when used; UserError with the command that installs it."""
+    """Import a module only when it is used; UserError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
-        raise UserError(f"the package '{module}' is needed here ({e})\n"
+        raise UserError(f"this needs the package '{module}' ({e})\n"
                         f"install it with:  pip install {module.partition('.')[0]}") from None
 
 
@@ -44,12 +43,10 @@ def need(module: str):
 
 
 class Tokenizer:
-    """ids are 0 .. vocab_size - 1; `eot` is the id that stands before every document.
+    """ids are 0 .. vocab_size - 1; `eot` is the id placed before every document.
 
-    `content` (JSON) says all about how text becomes ids; `fingerprint` is the SHA-256 of kind, eot and
-    content: tokenizers that could encode differently have different ones, whatever their names."""
-
-    kind = ""
+    `content` (JSON) fully describes how text becomes ids. `fingerprint` is the SHA-256 of kind, eot and
+    content: it differs between tokenizers that could encode differently, whatever their names."""
 
     def __init__(self, name: str, content, eot: int, vocab_size: int):
         self.name, self.content, self.eot, self.vocab_size = name, content, eot, vocab_size
@@ -64,24 +61,23 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids) -> str:
-        """Text of any sequence of ids; broken UTF-8 becomes U+FFFD. ValueError if an id is out of range."""
+        """The text of any ids; broken UTF-8 becomes U+FFFD. ValueError if an id is out of range."""
         ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is not in 0 .. {self.vocab_size - 1}, the ids of {self.name}")
+        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"id {bad[0]} is not in 0 .. {self.vocab_size - 1}, the ids of {self.name}")
         return self._decode(ids)
 
     def _decode(self, ids: list[int]) -> str:
         return b"".join(self.token_bytes(i) for i in ids).decode("utf-8", "replace")
 
     def token_bytes(self, i: int) -> bytes | None:
-        """The bytes one id stands for, or None if that depends on its neighbours."""
+        """The bytes of one id, or None if they depend on its neighbours."""
         raise NotImplementedError
 
     def save(self, folder: str) -> None:
-        write_text(os.path.join(folder, FILE), json.dumps({
-            "kind": self.kind, "name": self.name, "eot": self.eot, "vocab_size": self.vocab_size,
-            "fingerprint": self.fingerprint, "content": self.content}, ensure_ascii=False))
+        keys = ("kind", "name", "eot", "vocab_size", "fingerprint", "content")
+        data = json.dumps({key: getattr(self, key) for key in keys}, ensure_ascii=False)
+        write_text(os.path.join(folder, FILE), data)
 
 
 class Bytes(Tokenizer):
@@ -98,11 +94,10 @@ class Bytes(Tokenizer):
 
 
 class RankBPE(Tokenizer):
-    """Byte-pair encoding by ranks, GPT-2's or our own: the id of a token is its rank, eot comes last.
+    """Byte-pair encoding by ranks, GPT-2's or our own: the id of a token is its rank, eot is the last id.
 
-    Our own is trained by `tokenizers` but encoded by tiktoken as well: the ids are the same (a test compares
-    them), and on 2 cores it is several times faster."""
-
+    Our own is trained by `tokenizers` but also encoded by tiktoken, which gives the same ids (tested) several
+    times faster on 2 cores."""
     kind = "ranks"
 
     def __init__(self, name: str, content: list[str], eot: int):
@@ -110,40 +105,36 @@ class RankBPE(Tokenizer):
         self.tokens = [base64.b64decode(t, validate=True) for t in content] + [EOT.encode()]
         ranks = {token: i for i, token in enumerate(self.tokens[:-1])}
         if eot != len(content) or len(ranks) != eot or not all(bytes([b]) in ranks for b in range(256)):
-            raise ValueError("ranks must be unique, without gaps, and cover all 256 bytes")
+            raise ValueError("ranks must be unique, have no gaps, and cover all 256 bytes")
         self.encoding = need("tiktoken").Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                                   special_tokens={EOT: eot})
 
-    def encode(self, text):
-        return self.encoding.encode_ordinary(text)
-
     def encode_batch(self, texts, threads=0):
-        def work(group):  # arrays, because tiktoken drops the GIL to encode but needs it to fill a list
+        def work(group):  # into arrays, because tiktoken encodes without the GIL but fills lists under it
             return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in group]
 
         threads = threads or os.cpu_count() or 1
         step = -(-len(texts) // (8 * threads)) or 1
         with ThreadPoolExecutor(threads) as pool:
             groups = pool.map(work, (texts[i:i + step] for i in range(0, len(texts), step)))
-            return list(itertools.chain.from_iterable(groups))
+            return [ids for group in groups for ids in group]
 
     def token_bytes(self, i):
         return self.tokens[i]
 
 
 class HuggingFace(Tokenizer):
-    """What `tokenizers` reads: hf:... and words:N. Its threads follow RAYON_NUM_THREADS, not `threads`."""
-
+    """hf:... and words:N, run by `tokenizers`: RAYON_NUM_THREADS sets its threads, `threads` does not."""
     kind = "tokenizers"
 
     def __init__(self, name: str, content: dict, eot: int):
         self.library = need("tokenizers").Tokenizer.from_str(json.dumps(content))
         self.library.no_truncation()
         self.library.no_padding()
-        self.library.encode_special_tokens = True  # special tokens in the text are text
+        self.library.encode_special_tokens = True  # special tokens in a text are plain text
         vocab = self.library.get_vocab(with_added_tokens=True)
         super().__init__(name, content, eot, max(vocab.values()) + 1)
-        self.bytes_of = None  # each id, when its bytes do not depend on neighbours
+        self.bytes_of = None  # id -> bytes, if these do not depend on neighbours
         if (content.get("decoder") or {}).get("type") == "ByteLevel":
             byte_of, added = byte_alphabet(), {t["id"] for t in content.get("added_tokens", [])}
             self.bytes_of = {i: token.encode() if i in added else bytes(byte_of[c] for c in token)
@@ -161,7 +152,7 @@ class HuggingFace(Tokenizer):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's stand-in for each byte -> the byte: itself if printable, else the next one from U+0100."""
+    """GPT-2's character for each byte -> the byte: printable bytes are themselves, others start at U+0100."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(rest)}
@@ -172,15 +163,15 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def open_tokenizer(spec: str, train_texts=None) -> Tokenizer:
-    """The tokenizer that a --tokenizer string names; `train_texts`, an iterator of strings, is read by bpe:N
-    and words:N only. UserError if the string, the file or the network is at fault."""
+    """The tokenizer that a --tokenizer string names; bpe:N and words:N learn from `train_texts` (strings)."""
     kind, _, rest = spec.partition(":")
     if kind in ("bpe", "words") and rest.isdecimal():
         train, least = (train_bpe, 257) if kind == "bpe" else (train_words, 3)
         if int(rest) < least:
             raise UserError(f"--tokenizer={spec}: {kind} needs at least {least} ids")
         if train_texts is None:
-            raise UserError(f"--tokenizer={spec} is trained on text, and there is none here")
+            raise UserError(f"--tokenizer={spec} must be trained on text, but there is none here")
+        print(f"training the tokenizer {spec} on the training text")
         return train(train_texts, int(rest))
     if spec == "bytes":
         return Bytes()
@@ -196,16 +187,16 @@ def rank_bpe(name: str, tokens: list[bytes]) -> RankBPE:
 
 
 def gpt2(path: str) -> RankBPE:
-    """From a .tiktoken file (a base64 token and its rank on each line), or through tiktoken's download."""
+    """From a .tiktoken file (a base64 token and its rank per line) or, without a path, by tiktoken."""
     if not path:
         try:
             ranks = need("tiktoken").get_encoding("gpt2")._mergeable_ranks
         except (OSError, ValueError) as e:
             raise UserError(
-                f"tiktoken could not download GPT-2's ranks ({type(e).__name__}); without a network, either\n"
-                "  --tokenizer=gpt2:PATH/gpt2.tiktoken  a rank file: whisper/assets/gpt2.tiktoken in what\n"
-                "                                       `pip download --no-deps openai-whisper` fetches\n"
-                "  --tokenizer=bpe:8192                 train one on your text, no download") from None
+                f"tiktoken could not download GPT-2's ranks ({type(e).__name__}); without a network, use\n"
+                "  --tokenizer=gpt2:PATH/gpt2.tiktoken  a rank file: whisper/assets/gpt2.tiktoken from\n"
+                "                                       `pip download --no-deps openai-whisper`\n"
+                "  --tokenizer=bpe:8192                 trained on your text, no download") from None
         return rank_bpe("gpt2", sorted(ranks, key=ranks.get))
     try:
         with open(path, "rb") as f:
@@ -218,12 +209,12 @@ def gpt2(path: str) -> RankBPE:
     except OSError as e:
         raise UserError(f"--tokenizer=gpt2:{path}: {e.strerror}") from None
     except ValueError:
-        raise UserError(f"--tokenizer=gpt2:{path} is no rank file: expected a base64 token and its rank a\n"
-                        "line, ranks without gaps, and all 256 single bytes among the tokens") from None
+        raise UserError(f"--tokenizer=gpt2:{path} is not a rank file: expected a base64 token and its rank\n"
+                        "per line, ranks without gaps, and all 256 single bytes among the tokens") from None
 
 
 def train_bpe(texts, vocab_size: int) -> RankBPE:
-    """Byte-level BPE of `vocab_size` ids (fewer if the text has no more pairs) from strings."""
+    """Byte-level BPE with `vocab_size` ids (fewer if the text runs out of pairs)."""
     lib = need("tokenizers")
     tok = lib.Tokenizer(lib.models.BPE())
     tok.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -235,7 +226,7 @@ def train_bpe(texts, vocab_size: int) -> RankBPE:
 
 
 def train_words(texts, vocab_size: int) -> HuggingFace:
-    """The most frequent words and runs of punctuation. A literal <unk> is the <unk> id; line ends vanish."""
+    """The most frequent words and runs of punctuation. A literal <unk> is the id <unk>; line ends vanish."""
     lib = need("tokenizers")
     tok = lib.Tokenizer(lib.models.WordLevel())
     tok.pre_tokenizer = lib.pre_tokenizers.Split(lib.Regex(WORD_PATTERN), behavior="removed", invert=True)
@@ -247,7 +238,7 @@ def train_words(texts, vocab_size: int) -> HuggingFace:
 
 
 def hugging_face(where: str) -> HuggingFace:
-    """From a tokenizer.json, a folder that has one, or the hub."""
+    """From a tokenizer.json, a folder that contains one, or the hub."""
     library, path = need("tokenizers").Tokenizer, os.path.expanduser(where)
     path = os.path.join(path, FILE) if os.path.isdir(path) else path
     try:
@@ -256,17 +247,17 @@ def hugging_face(where: str) -> HuggingFace:
         vocab = library.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
         eos = read_json(config).get("eos_token") if local and os.path.exists(config) else None
     except Exception as e:  # `tokenizers` raises bare Exceptions
-        what = "is no tokenizer.json of `tokenizers`" if local else (
-            "is no file or folder here, and could not be fetched from the Hugging Face hub; "
+        what = "is not a tokenizer.json of `tokenizers`" if local else (
+            "is not a local file or folder and could not be fetched from the Hugging Face hub; "
             "--tokenizer=hf:PATH/tokenizer.json needs no network")
         raise UserError(f"--tokenizer=hf:{where} {what} ({type(e).__name__}: {str(e)[:200]})") from None
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    # a chat model's eos ends a turn (<|im_end|>); what stood between pre-training documents comes first
+    # a chat model's eos ends a turn (<|im_end|>); prefer the token that separated pre-training documents
     for token in (EOT, "<|end_of_text|>", eos, "</s>", "<eos>", "[SEP]"):
         if token in vocab:
             return HuggingFace(f"hf:{where}", content, vocab[token])
-    raise UserError(f"--tokenizer=hf:{where} has no token to separate documents; put the name of one as "
-                    '"eos_token" into a tokenizer_config.json next to tokenizer.json')
+    raise UserError(f"--tokenizer=hf:{where} has no known token that separates documents; name one as "
+                    '"eos_token" in a tokenizer_config.json next to tokenizer.json')
 
 
 def read_json(path: str):
@@ -274,9 +265,9 @@ def read_json(path: str):
         return json.load(f)
 
 
-def load(folder: str) -> Tokenizer:
-    """The tokenizer that `save` left in a data or run folder; UserError if missing, damaged or changed."""
-    path = os.path.join(folder, FILE)
+def load(path: str) -> Tokenizer:
+    """The tokenizer saved in a data or run folder, or next to a file; UserError if missing or damaged."""
+    path = os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, FILE)
     try:
         saved = read_json(path)
         kinds = {c.kind: c for c in (Bytes, RankBPE, HuggingFace)}
@@ -290,4 +281,4 @@ def load(folder: str) -> Tokenizer:
         raise
     except Exception as e:  # `tokenizers` raises bare Exceptions
         raise UserError(f"{path} is damaged ({type(e).__name__}: {str(e)[:200]})\ncopy it again from where "
-                        "it was made, or make the folder anew with prepare_data.py --overwrite") from None
+                        "it was made, or recreate its folder with prepare_data.py --overwrite") from None

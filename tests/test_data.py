@@ -1,4 +1,4 @@
-"""common/data.py: every token once, as a function of the position alone; and files that are damaged."""
+"""common/data.py: each token exactly once, batches as a function of position alone, and damaged files."""
 import json
 import os
 import shutil
@@ -12,7 +12,7 @@ import torch
 CPU = torch.device("cpu")
 
 
-def test_an_epoch_shows_every_window_once_and_the_next_is_cut_elsewhere():
+def test_an_epoch_shows_every_window_once_and_offsets_differ():
     tokens = np.arange(1000, dtype=np.uint16)
     windows = data.Windows(tokens, 16, seed=3)
     assert windows.per_epoch == (1000 - 16) // 16
@@ -31,7 +31,7 @@ def test_batches_are_a_function_of_seed_and_position():
     tokens = np.arange(1000, dtype=np.uint16)
     one, two = data.Windows(tokens, 16, seed=3), data.Windows(tokens, 16, seed=3)
     whole = one.starts(0, 200)
-    for first, count in ((150, 50), (0, 10), (61, 3), (59, 8)):  # out of order, across the ends of epochs
+    for first, count in ((150, 50), (0, 10), (61, 3), (59, 8)):  # out of order and across epochs
         assert list(two.starts(first, count)) == list(whole[first:first + count])
     assert list(data.Windows(tokens, 16, seed=4).starts(0, 200)) != list(whole)
     x, y = one.batch(7, 4, CPU)
@@ -54,7 +54,7 @@ def test_evaluation_predicts_every_token_but_the_first_once(length, seq_len, bat
     for rank in range(world):
         for x, y in data.eval_batches(tokens, seq_len, batch_size, rank, world, CPU):
             assert x.shape == y.shape and x.size(0) <= batch_size and x.size(1) == seq_len
-            assert torch.equal(y[y >= 0], x[y >= 0] + 1)  # the context of each is the token before
+            assert torch.equal(y[y >= 0], x[y >= 0] + 1)  # each target follows its input
             seen += y[y >= 0].tolist()
     assert sorted(seen) == list(range(1, length))
 
@@ -89,27 +89,26 @@ def out_of_range(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda f: os.remove(f / "train.bin"),
-     r"no .*train.bin; make the folder anew with prepare_data.py --overwrite"),
+    (lambda f: os.remove(f / "train.bin"), "no .*train.bin; repeat the prepare_data.py command.*--overwrite"),
     (lambda f: os.remove(f / "meta.json"), "no tokens in .*python prepare_data.py"),
     (lambda f: (f / "meta.json").write_text("{ not json"), "meta.json is damaged"),
     (lambda f: rewrite_meta(f, lambda m: m.pop("tokenizer")),
      r"meta.json is damaged \(KeyError: 'tokenizer'"),
-    (lambda f: resize(f, 0), "train.bin is empty"),
+    (lambda f: resize(f, 0), "train.bin is empty, but meta.json says"),
     (lambda f: resize(f, 1001), "train.bin has 1,001 bytes, but meta.json says .* truncated"),
     (lambda f: rewrite_meta(f, lambda m: m["splits"]["train"].update(tokens=5)),
      "meta.json says 5 uint16 tokens"),
-    (lambda f: shutil.copy(f / "val.bin", f / "train.bin"), "truncated or another corpus"),
-    (foreign, "begins with other tokens than meta.json describes"),
-    (out_of_range, "holds id 999, but the tokenizer has 257 ids"),
+    (lambda f: shutil.copy(f / "val.bin", f / "train.bin"), "truncated or from another corpus"),
+    (foreign, "does not start with the tokens that meta.json describes"),
+    (out_of_range, "contains id 999, but the tokenizer has 257 ids"),
 ])
-def test_damaged_folders_are_named(corpus, tmp_path, change, message):
+def test_damaged_folders_are_diagnosed(corpus, tmp_path, change, message):
     folder = broken(corpus, tmp_path, change)
     with pytest.raises(data.DataError, match=f"(?s){message}"):
         data.open_tokens(folder, "train", data.read_meta(folder))
 
 
-def test_a_whole_folder_opens(corpus):
+def test_an_intact_folder_opens(corpus):
     meta = data.read_meta(corpus)
     for split in ("train", "val", "test"):
         assert len(data.open_tokens(corpus, split, meta)) == meta["splits"][split]["tokens"] > 5000

@@ -25,7 +25,7 @@ PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S
 
 @pytest.fixture(scope="module")
 def trained():
-    """Byte-level BPE as the library alone would train and run it: the reference for ours."""
+    """Byte-level BPE trained and run by the library alone: the reference for ours."""
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = tokenizers.decoders.ByteLevel()
@@ -72,14 +72,14 @@ def test_ranks_equal_tiktoken_with_the_published_pattern(toks, rank_file):
         assert toks["gpt2"].encode(text) == reference.encode_ordinary(text)
 
 
-def test_fast_batches_of_the_library_equal_its_slow_ones(toks):
+def test_the_librarys_fast_batches_equal_its_slow_ones(toks):
     for kind in ("hf", "words"):
         slow = toks[kind].library.encode_batch([*TEXTS, ODD], add_special_tokens=False)
         assert [e.ids for e in slow] == [a.tolist() for a in toks[kind].encode_batch([*TEXTS, ODD])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_batch_equals_single_and_special_text_is_ordinary(toks, kind):
+def test_batch_equals_single_and_special_tokens_are_plain_text(toks, kind):
     tok = toks[kind]
     batch = tok.encode_batch([*TEXTS, "", ODD, EOT], threads=3)
     assert [a.tolist() for a in batch] == [tok.encode(t) for t in [*TEXTS, "", ODD, EOT]]
@@ -100,7 +100,7 @@ def test_words(toks):
     small = open_tokenizer("words:4", iter(["the cat sat, <unk> the <unk>", "cat <unk> ran. the end"]))
     assert small.vocab_size == 4 and set(small.content["model"]["vocab"]) == {"<unk>", EOT, "the", "cat"}
     assert small.decode(small.encode("the cat flew")) == "the cat <unk>"
-    assert small.encode("x <unk> \"<unk>,") == [0, 0, 0, 0, 0]  # unknown words and the literal are one id
+    assert small.encode("x <unk> \"<unk>,") == [0, 0, 0, 0, 0]  # unknown words and the literal share an id
     assert tok.encode("<|endoftext|>").count(tok.eot) == 0
     assert tok.decode(tok.encode("the  name\nof (the) value")) == "the name of ( the ) value"
     again = open_tokenizer("words:300", iter(TEXTS))
@@ -115,20 +115,18 @@ def test_fewer_words_than_asked_for():
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_a_stream_equals_decoding_at_once(toks, kind):
     tok, rng = toks[kind], random.Random(1)
-    some = [i for i in range(tok.vocab_size)]
-    runs = [tok.encode(TEXTS[0]), tok.encode(ODD), rng.choices(some, k=3000), [tok.eot], [],
+    runs = [tok.encode(TEXTS[0]), tok.encode(ODD), rng.choices(range(tok.vocab_size), k=3000), [tok.eot], [],
             tok.encode("👩‍👩‍👧")[:-1]]
     for ids in runs:
-        stream, out = StreamDecoder(tok), []
-        for i in ids:
-            out.append(stream.push(i))
+        stream = StreamDecoder(tok)
+        out = [stream.push(i) for i in ids]
         assert "".join([*out, stream.flush()]) == tok.decode(ids)
     shown = map(StreamDecoder(tok).push, tok.encode("naïve 日本語 👩‍👩‍👧"))
     assert not any("\ufffd" in s for s in shown)
 
 
 def test_stream_of_a_decoder_that_depends_on_neighbours(tmp_path):
-    """SentencePiece-like: spaces and single bytes are told apart only in context."""
+    """Like SentencePiece: the text of a space or a single byte depends on its neighbours."""
     vocab = {"<unk>": 0, "</s>": 1, "▁the": 2, "▁cat": 3, "s": 4}
     vocab |= {f"<0x{b:02X}>": 5 + b for b in range(256)}
     tok = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
@@ -145,7 +143,7 @@ def test_stream_of_a_decoder_that_depends_on_neighbours(tmp_path):
 
 
 def test_streaming_is_linear(toks):
-    """Counts decoded ids instead of seconds."""
+    """Counts decoded ids, not seconds."""
     tok, seen = toks["words"], 0
     plain = tok._decode
 
@@ -181,7 +179,7 @@ def test_fingerprints_differ_when_the_encoding_could(toks, tmp_path):
     assert open_tokenizer("bpe:1000", iter(TEXTS)).fingerprint == toks["bpe"].fingerprint
     assert open_tokenizer("bpe:1000", iter(TEXTS[:9])).fingerprint != toks["bpe"].fingerprint
     tokens = toks["gpt2"].content[:]
-    tokens[260], tokens[261] = tokens[261], tokens[260]  # the same tokens in another order of merging
+    tokens[260], tokens[261] = tokens[261], tokens[260]  # the same tokens, merged in another order
     assert tokenizer.RankBPE("gpt2", tokens, 263).fingerprint != toks["gpt2"].fingerprint
 
 
@@ -193,39 +191,39 @@ def test_ids_out_of_range(toks):
 
 
 @pytest.mark.parametrize("spec", ["", "gpt3", "bpe", "bpe:", "bpe:x", "gpt2:", "hf:", "bytes:3", "bpe:-5"])
-def test_bad_spec_names_the_forms(spec):
+def test_a_bad_spec_lists_the_valid_forms(spec):
     with pytest.raises(UserError, match="is not one of: gpt2, gpt2:PATH.*bpe:8192, words:1000, bytes, hf:"):
         open_tokenizer(spec, iter(TEXTS))
 
 
-def test_too_small_or_no_text():
+def test_too_few_ids_or_no_text():
     with pytest.raises(UserError, match="at least 257"):
         open_tokenizer("bpe:256", iter(TEXTS))
     with pytest.raises(UserError, match="at least 3"):
         open_tokenizer("words:2", iter(TEXTS))
-    with pytest.raises(UserError, match="trained on text"):
+    with pytest.raises(UserError, match="must be trained on text, but there is none"):
         open_tokenizer("bpe:300")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"aGVsbG8= 0\n", b"{}", b"\xff\xfe 1 2\n", b"!! 0\n"])
-def test_what_is_no_rank_file_is_refused(tmp_path, content):
+def test_a_file_without_ranks_is_refused(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    with pytest.raises(UserError, match="no rank file: expected a base64 token"):
+    with pytest.raises(UserError, match="not a rank file: expected a base64 token"):
         open_tokenizer(f"gpt2:{tmp_path}/x")
 
 
-def test_rank_files_with_gaps_doubles_or_missing(rank_file, tmp_path):
+def test_rank_files_with_gaps_or_duplicates_or_missing(rank_file, tmp_path):
     lines = rank_file.read_bytes().splitlines(keepends=True)
     double = lines[0].replace(b" 0\n", b" 262\n")
     for broken in (lines[:-2] + lines[-1:], lines + lines[-1:], lines[1:], lines[:-1] + [double]):
         (tmp_path / "x").write_bytes(b"".join(broken))
-        with pytest.raises(UserError, match="no rank file"):
+        with pytest.raises(UserError, match="not a rank file"):
             open_tokenizer(f"gpt2:{tmp_path}/x")
     with pytest.raises(UserError, match="gpt2:.*nowhere: No such file"):
         open_tokenizer(f"gpt2:{tmp_path}/nowhere")
 
 
-def test_gpt2_without_a_network_says_what_to_do(monkeypatch):
+def test_gpt2_without_a_network_offers_ways_out(monkeypatch):
     def refuse(name):
         raise ConnectionError("no route")
 
@@ -252,11 +250,11 @@ def test_hf_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="could not be fetched from the Hugging Face hub; --tokenizer=hf:PA"):
         open_tokenizer("hf:owner/name")
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
-    with pytest.raises(UserError, match="is no tokenizer.json of `tokenizers`"):
+    with pytest.raises(UserError, match="is not a tokenizer.json of `tokenizers`"):
         open_tokenizer(f"hf:{tmp_path}")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     words.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="no token to separate documents.*eos_token"):
+    with pytest.raises(UserError, match="no known token that separates documents.*eos_token"):
         open_tokenizer(f"hf:{tmp_path}")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a"}')
     assert open_tokenizer(f"hf:{tmp_path}").eot == 0
