@@ -1,37 +1,36 @@
-"""Speed and memory of training and generation here: against the machine's limits, nanoGPT and transformers.
+"""Benchmarks of training and generation, against this machine's limits, nanoGPT and transformers.
 
     python bench.py                                            # tokens/s, share of the limit, peak memory
-    python bench.py --shapes=exp3,exp6 --json=bench.json       # some shapes; results for programs too
+    python bench.py --shapes=exp3,exp6 --json=bench.json       # selected shapes; results as JSON too
     python bench.py --peer=../nanoGPT --shapes=exp3,d256,exp6  # against a checkout of nanoGPT
     python bench.py --peer=../nanoGPT --peer=transformers --shapes=generate
-    python bench.py --shapes=context32,context512,scan1,scan8  # mixers without attention
-    python bench.py --shapes=decoding --plot=decoding.png      # their memory and time per token at length
+    python bench.py --shapes=context32,context512,scan1,scan8  # recurrent mixers
+    python bench.py --shapes=decoding --plot=decoding.png      # memory and time per token at length
     python bench.py --shapes=tiny --rounds=2                   # a smoke test
 
 Shapes
     exp1 .. exp7  the ladder's models (config/expN.py, flash on), 8 x 512 tokens a step, 4 x 512 from exp6 on
-    d256          d_model 256, 8 layers, 8 heads, 16 x 256 tokens, vocabulary 8,192
-    local         window 256 at T = 8,192, the same at T = 512, and global attention at T = 8,192; d_model
-                  256, 4 layers, 8 heads, RoPE, vocabulary 8,192; 8,192 tokens a step each
-    muon          config/tinier.py, 16 x 512 tokens a step, by Muon and by AdamW alone
+    d256          d_model 256, 8 layers, 8 heads, vocabulary 8,192; 16 x 256 tokens a step
+    local         window 256 at T = 8,192 and at T = 512, and global attention at T = 8,192; d_model 256,
+                  4 layers, 8 heads, RoPE, vocabulary 8,192; 8,192 tokens a step
+    muon          config/tinier.py, 16 x 512 tokens a step, with Muon and with AdamW alone
     context32     the gated context vector (2.74M, d_model 256, 6 layers of 512, vocabulary 1,000), 32 x 64
-                  tokens a step, against the same model with everything inside a loop over positions
-    context512    the same at 512 x 64, and torch.nn.LSTM of width 512 (2.35M)
-    scan1, scan8  its scan variant at 1 x 1,024 and 8 x 1,024, of about that size; the gated one, both ways
-    decoding      bytes of the state, peak memory and ms per token after 1K, 10K and 100K tokens: context,
-                  scan, LSTM, attention with a window and without, about 2.7M parameters each, in fp32
-    generate      one sequence of 512 new tokens, exp6's model, weights in --dtype for everyone
-    int8          the same in INT8 and in fp32; both with the decoding step compiled by --compile
+                  tokens a step, against the same model computed entirely in a loop over positions
+    context512    the same at 512 x 64 tokens, and torch.nn.LSTM of width 512 (2.35M)
+    scan1, scan8  the scan variant, of similar size, at 1 x 1,024 and 8 x 1,024; the gated one and its loop
+    decoding      state size, peak memory and ms per token after 1K, 10K and 100K tokens: context, scan, LSTM,
+                  attention with and without a window; about 2.7M parameters each, in fp32
+    generate      512 new tokens in one sequence with exp6's model; all arms have their weights in --dtype
+    int8          the same in INT8 and in fp32; --compile compiles the decoding step of both
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
-    overhead      share of exp3's step that is not forward and loss, backward, clipping and optimiser
+    overhead      share of exp3's step spent outside forward and loss, backward, clipping and optimiser
     tiny          a smoke test
 
-Method: what is compared takes turns. Each arm is a process of its own, which warms up and then waits; in
-every round each runs alone for some steps, and the order reverses from round to round, so that drift hits
-all alike. Ratios are taken within a round and printed as min-median-max over the rounds. Peak memory is the
-whole process's (on CUDA, what torch allocated). Ours is timed through common/step.py, which trains. Tokens
-are random. FLOPs are those of model.flops_per_token, set against the fastest large matmul measured in the
-same precision.
+Method: the arms of a shape take turns. Each is a process that warms up and then waits; in a round each arm
+runs alone for some steps, and the order reverses from round to round, so that drift affects all arms alike.
+Ratios are taken within a round and printed as min-median-max over the rounds. Peak memory is the process's
+(on CUDA, what torch allocated). nanoMem trains through common/step.py, as train.py does. Tokens are random.
+The limit is the fastest large matmul measured in the same precision; FLOPs are model.flops_per_token's.
 """
 import importlib.util
 import json
@@ -87,23 +86,26 @@ USUAL = ("exp1", "exp3", "exp6", "d256", "generate", "startup", "overhead")
 
 @dataclass
 class BenchConfig(MachineConfig):
-    # what
-    shapes: tuple[Literal[tuple(SHAPES)], ...] = USUAL  # of those above
-    peer: tuple[str, ...] = ()  # a nanoGPT checkout's folder, or transformers; may be repeated
-    json: str = ""  # also write the results to this file; - = print them in place of the table
+    # what to measure
+    shapes: tuple[Literal[tuple(SHAPES)], ...] = USUAL  # exp1, exp3, exp6, d256, generate, startup, overhead
+    peer: tuple[str, ...] = ()  # the folder of a nanoGPT checkout, or transformers; may be repeated
+    json: str = ""  # also write the results to this file; - = print JSON instead of the table
     out_dir: str = "out"  # holds ledger.jsonl
-    # how
-    rounds: int = 5  # alternations of the arms
-    steps: int = 0  # training steps of an arm in a round; 0 = about a second of them
-    lengths: tuple[int, ...] = (1_000, 10_000, 100_000)  # decoding: tokens read before the measured ones
-    plot: str = ""  # decoding: draw memory and time against length into this file
-    dropout: float = 0.0  # everyone's
+    # how to measure it
+    rounds: int = 5  # of the arms taking turns
+    steps: int = 0  # training steps of an arm in a round; 0 = about a second's worth
+    lengths: tuple[int, ...] = (1_000, 10_000, 100_000)  # decoding: tokens read before the timed ones
+    plot: str = ""  # decoding: file for a plot of memory and time against length
+    dropout: float = 0.0  # in training, of nanoMem and peers
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "rounds", "lengths") + self.at_least(0, "steps")
         out += [] if self.lengths else ["lengths needs at least one number"]
         if self.plot and "decoding" not in self.shapes:
-            out.append("plot draws the shape decoding; add --shapes=decoding")
+            out.append("plot needs the shape decoding; add --shapes=decoding")
+        if self.dropout and (plain := {"context32", "context512", "scan1", "scan8"} & set(self.shapes)):
+            out.append(f"dropout={self.dropout}: the models that {', '.join(sorted(plain))} race against "
+                       "have none; leave it out")
         return out + ([] if 0 <= self.dropout < 1 else [f"dropout must be in [0, 1), got {self.dropout}"])
 
 
@@ -113,8 +115,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(name: str, config: str = "", **changes) -> Shape:
-    """The shape of that name, or with the model of another config file; `changes` are options of the
-    model."""
+    """The shape `name`, or with the model of another config file; `changes` are options of the model."""
     batch, file, options = SHAPES[name]
     file = config or file
     ours = load(TrainConfig, [os.path.join(HERE, "config", f"{file}.py")] if file else [])
@@ -124,8 +125,8 @@ def shape_of(name: str, config: str = "", **changes) -> Shape:
 
 
 def write_data(folder: str, vocab_size: int) -> str:
-    """A data folder as prepare_data.py would leave it, of random tokens. The tokenizer has all bytes and then
-    pairs of bytes, so that starting up loads one of the usual kind and size."""
+    """A data folder like prepare_data.py's, of random tokens. Its tokenizer has all bytes and then pairs of
+    bytes, so that startup loads one of the usual kind and size."""
     os.makedirs(folder, exist_ok=True)
     tok = rank_bpe("bench", [bytes([b]) for b in range(256)]
                    + [bytes(divmod(i, 256)) for i in range(vocab_size - 257)])
@@ -140,7 +141,7 @@ def write_data(folder: str, vocab_size: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What an arm runs, in a process of its own
+# What an arm runs, in its own process
 
 
 def training(step: Callable, shape: Shape, cfg: BenchConfig, device) -> Callable[[], float]:
@@ -149,81 +150,69 @@ def training(step: Callable, shape: Shape, cfg: BenchConfig, device) -> Callable
     return lambda: tokens / timed(step, steps, device)
 
 
-class Clock:
-    """Adds up the seconds spent in the pieces it was given."""
+def our_step(cfg: BenchConfig, shape: Shape, folder: str, optimizer: str, clocked: Callable | None = None):
+    """(step(), which trains as train.py's loop does; its device, dtype and FLOPs per token). `clocked` wraps
+    the pieces of a step: forward and loss, backward, clipping and optimiser."""
+    dist = distributed.setup(cfg.device)
+    options = shape.model | {"dropout": cfg.dropout, "batch_size": shape.batch, "optimizer": optimizer}
+    ours = TrainConfig(**options, epochs=0, max_steps=10**6)
+    dtype = distributed.choose_dtype(cfg.dtype, dist.device)[0]
+    if dist.device.type == "cpu":
+        distributed.keep_freed_memory()
+    model = LM(ours).to(dist.device)
+    flops = model.flops_per_token(ours.max_seq_len)
+    net = wrap(model, choose_compile(cfg.compile, flops * 1e12, dist.device)[0], dist)
+    optimizer = make_optimizer(model, ours)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
+    windows = data.Windows(data.open_text(folder).train, ours.max_seq_len, seed=1)
+    loss_of, apply, scaled = next_token_loss, update, scaler
+    if clocked:
+        loss_of, apply = clocked(loss_of), clocked(apply)
+        scaled = SimpleNamespace(scale=lambda loss: SimpleNamespace(  # all that backward() asks of a scaler
+            backward=clocked(scaler.scale(loss).backward)))
+    n, batch = 0, windows.batch(0, shape.batch, dist.device)
 
-    def __init__(self, device):
-        self.device, self.seen = device, 0.0
+    def step():
+        nonlocal n, batch
+        set_learning_rates(optimizer, ours, n, ours.max_steps)
+        seeds = [n] if cfg.dropout else None
+        loss = backward(net, [batch], dist, dtype, scaled, seeds=seeds, loss_of=loss_of)
+        n += 1
+        batch = windows.batch(n * shape.batch, shape.batch, dist.device)
+        apply(model, optimizer, scaler, ours.grad_clip, loss)
+    return step, dist.device, dtype, flops
 
-    def __call__(self, piece: Callable) -> Callable:
-        def call(*args, **kwargs):
-            result = []
-            self.seen += timed(lambda: result.append(piece(*args, **kwargs)), 1, self.device)
-            return result[0]
-        return call
 
-
-class Ours:
-    """Training as train.py's loop does it: call it for one step. With a clock, each of a step's pieces is
-    timed: forward and loss, backward, clipping and optimiser."""
-
-    def __init__(self, cfg: BenchConfig, shape: Shape, folder: str, optimizer: str, clocked: bool = False):
-        dist = distributed.setup(cfg.device)
-        options = shape.model | {"dropout": cfg.dropout, "batch_size": shape.batch, "optimizer": optimizer}
-        self.cfg = TrainConfig(**options, epochs=0, max_steps=10**6)
-        self.dtype, self.dist, self.n = distributed.choose_dtype(cfg.dtype, dist.device)[0], dist, 0
-        if dist.device.type == "cpu":
-            distributed.keep_freed_memory()
-        self.model = LM(self.cfg).to(dist.device)
-        self.flops = self.model.flops_per_token(self.cfg.max_seq_len)
-        self.net = wrap(self.model, choose_compile(cfg.compile, self.flops * 1e12, dist.device)[0], dist)
-        self.optimizer = make_optimizer(self.model, self.cfg)
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == "fp16")
-        self.windows = data.Windows(data.open_text(folder).train, self.cfg.max_seq_len, seed=1)
-        self.loss_of, self.update, self.given_scaler = next_token_loss, update, self.scaler
-        self.clock = Clock(dist.device)
-        if clocked:
-            self.loss_of, self.update = self.clock(next_token_loss), self.clock(update)
-            scale = self.scaler.scale  # what backward() asks of a scaler
-            self.given_scaler = SimpleNamespace(scale=lambda loss: SimpleNamespace(
-                backward=self.clock(scale(loss).backward)))
-        self.batches = self.fetch()
-
-    def fetch(self) -> list:
-        return [self.windows.batch(self.n * self.cfg.batch_size, self.cfg.batch_size, self.dist.device)]
-
-    def __call__(self) -> None:
-        set_learning_rates(self.optimizer, self.cfg, self.n, self.cfg.max_steps)
-        seeds = [self.n] if self.cfg.dropout else None
-        loss = backward(self.net, self.batches, self.dist, self.dtype, self.given_scaler, seeds=seeds,
-                        loss_of=self.loss_of)
-        self.n += 1
-        self.batches = self.fetch()
-        self.update(self.model, self.optimizer, self.scaler, self.cfg.grad_clip, loss)
-
-    def note(self) -> str:
-        dynamo = sys.modules.get("torch._dynamo.utils")  # however the compiling is done, it counts its graphs
-        return self.dtype + (", compiled" if dynamo and dynamo.counters["stats"]["unique_graphs"] else "")
+def note(dtype: str) -> str:
+    dynamo = sys.modules.get("torch._dynamo.utils")  # counts the graphs, whoever had them compiled
+    return dtype + (", compiled" if dynamo and dynamo.counters["stats"]["unique_graphs"] else "")
 
 
 def train_ours(cfg: BenchConfig, shape: Shape, folder: str, optimizer: str = "adamw") -> Runner:
-    step = Ours(cfg, shape, folder, optimizer)
-    measure = training(step, shape, cfg, step.dist.device)
-    return Runner(measure, note=step.note(), dtype=step.dtype, flops=step.flops)
+    step, device, dtype, flops = our_step(cfg, shape, folder, optimizer)
+    return Runner(training(step, shape, cfg, device), note=note(dtype), dtype=dtype, flops=flops)
 
 
 def overhead(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
-    """What no clock around a step's pieces saw. On an accelerator each piece is waited for, so what would
-    have run meanwhile counts as well."""
-    step = Ours(cfg, shape, folder, "adamw", clocked=True)
-    steps = warm_up(step, step.dist.device, cfg.steps)
+    """Per cent of a step outside its clocked pieces. On an accelerator the clock waits for each piece, so
+    host work that would have overlapped counts too."""
+    seconds = []
+
+    def clocked(piece: Callable) -> Callable:
+        def call(*args, **kwargs):
+            result = []
+            seconds.append(timed(lambda: result.append(piece(*args, **kwargs)), 1, device))
+            return result[0]
+        return call
+
+    step, device, dtype, _ = our_step(cfg, shape, folder, "adamw", clocked)
+    steps = warm_up(step, device, cfg.steps)
 
     def measure() -> float:
-        step.clock.seen = 0.0
-        whole = timed(step, steps, step.dist.device)
-        return 100 * (1 - step.clock.seen / whole)
-
-    return Runner(measure, unit="% of a step", note=step.note())
+        seconds.clear()
+        whole = timed(step, steps, device)
+        return 100 * (1 - sum(seconds) / whole)
+    return Runner(measure, unit="% of a step", note=note(dtype))
 
 
 def start_up(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
@@ -236,7 +225,7 @@ def start_up(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
                  f"--device={cfg.device}", f"--dtype={cfg.dtype}"], stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE, text=True)
             try:
-                while not os.path.exists(row) or not os.path.getsize(row):  # written when the step is done
+                while not os.path.exists(row) or not os.path.getsize(row):  # written after the first step
                     if process.poll() is not None:
                         raise RuntimeError(f"train.py ended before its first step:\n{process.stderr.read()}")
                     time.sleep(0.002)
@@ -244,17 +233,39 @@ def start_up(cfg: BenchConfig, shape: Shape, folder: str) -> Runner:
             finally:
                 process.kill()
                 process.communicate()
-
-    measure()  # files in the system's cache, Python's compiled ones written
+    measure()  # fills the file cache and writes Python's bytecode
     return Runner(measure, unit="s")
 
 
+def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compile: bool = False,
+             dtype: str = "") -> Runner:
+    """Generate max_seq_len tokens from a prompt of one token. nanoMem and transformers decode greedily with a
+    KV cache; nanoGPT has no cache and always samples. `dtype`, which may be int8, overrides cfg's."""
+    device = distributed.pick_device(cfg.device) if peer else distributed.setup(cfg.device).device
+    length = shape.model["max_seq_len"]
+    name = dtype or distributed.choose_dtype(cfg.dtype, device)[0]
+    model = load_peer(peer, shape, 0.0)[0] if peer else LM(ModelConfig(**shape.model))
+    model.to(device, distributed.DTYPES["fp32" if name == "int8" else name]).eval()
+    if name == "int8":
+        to_int8(model)
+    prompt = torch.ones(1, 1, dtype=torch.long, device=device)  # (1, 1)
+    options = {} if peer else {"temperature": 0, "compile": compile}
+    if peer == "transformers":
+        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+
+    def tokens(n):
+        return list(model.generate(prompt, max_new_tokens=n, **options))
+    tokens(length if compile else 8)  # warm-up; a compiled step is specific to the cache size
+    return Runner(lambda: length / timed(lambda: tokens(length), 1, device),
+                  note=name + ", compiled" * compile)
+
+
 # ------------------------------------------------------------------------------------------------------------
-# Peers: their own model and step
+# Peers: their own models and training steps
 
 
 class ContextLoop(nn.Module):
-    """The gated context vector as its equations read, everything inside a loop over positions."""
+    """The gated context vector, its equations written out in a loop over positions."""
 
     def __init__(self, m: dict):
         super().__init__()
@@ -277,26 +288,25 @@ class ContextLoop(nn.Module):
         return torch.stack(logits, dim=1)  # (B, T, V)
 
 
-class PlainLSTM(nn.Module):
-    """Embedding, torch's LSTM of width d_ff, head."""
+class PlainLSTM(nn.LSTM):
+    """torch's LSTM of width d_ff between an embedding and a head."""
 
     def __init__(self, m: dict):
-        super().__init__()
+        super().__init__(m["d_model"], m["d_ff"], batch_first=True)
         self.embed = nn.Embedding(m["vocab_size"], m["d_model"])
-        self.lstm = nn.LSTM(m["d_model"], m["d_ff"], batch_first=True)
         self.head = nn.Linear(m["d_ff"], m["vocab_size"])
 
     def forward(self, tokens):
         """(B, T) -> logits (B, T, V)"""
-        return self.head(self.lstm(self.embed(tokens))[0])
+        return self.head(super().forward(self.embed(tokens))[0])
 
 
-WRITTEN_OUT = {"loop": ContextLoop, "nn.LSTM": PlainLSTM}  # as a user's own script would have them
+WRITTEN_OUT = {"loop": ContextLoop, "nn.LSTM": PlainLSTM}  # as somebody would write them in a plain script
 
 
 def load_peer(peer: str, shape: Shape, dropout: float):
-    """(model, its loss as a function of net and batch) of this shape: nanoGPT's GPT from its checkout or
-    transformers' GPT2LMHeadModel, with learned positions; or one that is written out above."""
+    """(model, loss(net, x, y)) of this shape: a WRITTEN_OUT model, or with learned positions transformers'
+    GPT2LMHeadModel or the GPT of a nanoGPT checkout."""
     m = shape.model
     if peer in WRITTEN_OUT:
         return WRITTEN_OUT[peer](m), lambda net, x, y: F.cross_entropy(net(x).flatten(0, 1), y.flatten())
@@ -310,23 +320,23 @@ def load_peer(peer: str, shape: Shape, dropout: float):
             attn_pdrop=dropout, bos_token_id=None, eos_token_id=None))
         return model, lambda net, x, y: net(input_ids=x, labels=x, use_cache=False).loss  # it shifts labels
     spec = importlib.util.spec_from_file_location("peer_model", os.path.join(peer, "model.py"))
-    module = sys.modules["peer_model"] = importlib.util.module_from_spec(spec)  # ours is called model
+    module = sys.modules["peer_model"] = importlib.util.module_from_spec(spec)  # `model` is nanoMem's
     spec.loader.exec_module(module)
     model = module.GPT(module.GPTConfig(**sizes, block_size=m["max_seq_len"], dropout=dropout, bias=True))
     return model, lambda net, x, y: net(x, y)[1]
 
 
 def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: str, compile: bool) -> Runner:
-    """nanoGPT's step: a batch from a freshly opened memory map, fetched while a GPU runs the forward pass;
-    its own choice of AdamW; gradients clipped at 1. The others take the same step with fused AdamW, the
-    default of transformers' Trainer."""
+    """nanoGPT's training step: each batch from a freshly opened memory map, fetched while a GPU runs the
+    forward pass; its own choice of AdamW; gradients clipped at 1. The other peers take the same step with
+    fused AdamW, the default of transformers' Trainer."""
     device, length = distributed.pick_device(cfg.device), shape.model["max_seq_len"]
     model, loss_of = load_peer(peer, shape, cfg.dropout)
     model.to(device).train()
-    if peer == "transformers" or peer in WRITTEN_OUT:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
-    else:
+    if hasattr(model, "configure_optimizers"):
         optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     net = torch.compile(model) if compile else model
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
@@ -335,7 +345,6 @@ def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: st
         starts = torch.randint(len(tokens) - length, (shape.batch,)).tolist()
         rows = torch.from_numpy(np.stack([tokens[i:i + length + 1] for i in starts]).astype(np.int64))
         return [part.contiguous() for part in data.to_device(rows, device)]  # (B, T) each
-
     batch = next_batch()
 
     def step():
@@ -351,92 +360,78 @@ def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: st
         optimizer.zero_grad(set_to_none=True)
         loss.item()
 
-    flops = 0  # that of our model
+    flops = 0  # the same as our model's
     if peer in WRITTEN_OUT:
         matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2)
         flops = 6 * (matrices - model.embed.weight.numel())
     return Runner(training(step, shape, cfg, device), dtype=dtype, flops=flops)
 
 
-def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compile: bool = False,
-             dtype: str = "") -> Runner:
-    """As many tokens after a prompt of one as there are positions. Ours and transformers' are greedy and have
-    a cache; nanoGPT's has none and always samples. `dtype`, which may be int8, is in place of cfg's."""
-    device = distributed.pick_device(cfg.device) if peer else distributed.setup(cfg.device).device
-    length = shape.model["max_seq_len"]
-    name = dtype or distributed.choose_dtype(cfg.dtype, device)[0]
-    model = load_peer(peer, shape, 0.0)[0] if peer else LM(ModelConfig(**shape.model))
-    model.to(device, distributed.DTYPES["fp32" if name == "int8" else name]).eval()
-    if name == "int8":
-        to_int8(model)
-    prompt = torch.ones(1, 1, dtype=torch.long, device=device)  # (1, 1)
-    options = {} if peer else {"temperature": 0, "compile": compile}
-    if peer == "transformers":
-        options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
-
-    def tokens(n):
-        return list(model.generate(prompt, max_new_tokens=n, **options))
-
-    tokens(length if compile else 8)  # to warm up; a compiled step belongs to one size of the cache
-    note = name + ", compiled" * compile
-    return Runner(lambda: length / timed(lambda: tokens(length), 1, device), note=note)
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Arms: who runs, and the race
+# Arms
 
 
 def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
-    """Who takes turns on a shape; the first is the one whose ratios are printed."""
-    shape = shape_of(name)
-    if name in ("startup", "overhead"):
-        return [Arm("nanoMem", start_up if name == "startup" else overhead, shape)]
-    if name == "local":
-        short = Shape(16, shape.model | {"window": 256, "max_seq_len": 512})
-        return [Arm("window 256, T 8192", train_ours, shape_of(name, window=256)),
-                Arm("window 256, T 512", train_ours, short),
-                Arm("global, T 8192", train_ours, shape)]
-    if name in ("context32", "context512", "scan1", "scan8"):
-        gated = shape_of(name, config="newllm_baseline")
-        plain = [("all in the loop", "loop", "fp32")]
-        if name == "context512":
-            plain += [("nn.LSTM", "nn.LSTM", dtype) for dtype in dict.fromkeys(("fp32", machine["dtype"]))]
-        arms = [Arm("scan", train_ours, shape)] if name.startswith("scan") else []
-        return arms + [Arm("gated", train_ours, gated)] + [
-            Arm(f"{label}: {dtype}", train_peer, gated, {"peer": peer, "dtype": dtype, "compile": False})
-            for label, peer, dtype in plain]
-    if name == "decoding":
-        def like(config, **changes):
-            return shape_of(name, config=config, **changes)
+    """Who takes turns on a shape. Ratios are of the first arm to each of the others."""
+    return ARMS.get(name, training_arms)(name, shape_of(name), cfg, machine)
 
-        lstm = {"context_dim": 224, "n_layers": 3, "d_ff": 512}  # 2.77M parameters, the next two 2.62M
-        attention = {"d_ff": 512}
-        return [Arm(label, decode, shape, options) for label, shape, options in (
-            ("context", shape, {}), ("context, by generate()", shape, {"generate": True}),
-            ("scan", like("newllm_scan"), {}), ("LSTM", like("newllm_lstm", **lstm), {}),
-            ("attention, window 256", like("newllm_transformer", **attention, window=256), {}),
-            ("attention", like("newllm_transformer", **attention), {}))]
-    if name == "muon":
-        return [Arm(by, train_ours, shape, {"optimizer": by}) for by in ("muon", "adamw")]
-    if name == "int8":
-        return [Arm("nanoMem", generate, shape, {"dtype": dtype, "compile": cfg.compile == "true"})
-                for dtype in ("int8", "fp32")]
-    if name == "generate":
-        arms = [Arm("nanoMem", generate, shape, {"compile": yes}) for yes in (True, False)
-                if not yes or cfg.compile != "false"]
-    else:
-        arms = [Arm("nanoMem", train_ours, shape)]
+
+def training_arms(name: str, shape: Shape, cfg: BenchConfig, machine: dict) -> list[Arm]:
+    arms = [Arm("nanoMem", train_ours, shape)]
     for peer in cfg.peer:
-        title = os.path.basename(os.path.abspath(peer))
-        if name == "generate":
-            arms.append(Arm(title, generate, shape, {"peer": peer}))
-            continue
-        best = {"peer": peer, "dtype": machine["dtype"], "compile": True}
-        if machine["device"] != "cuda" or peer == "transformers":  # on CUDA nanoGPT is shipped as its best
-            arms.append(Arm(f"{title} as shipped: fp32", train_peer, shape,
-                            {"peer": peer, "dtype": "fp32", "compile": False}))
-        arms.append(Arm(f"{title} compiled: {machine['dtype']}", train_peer, shape, best))
+        if machine["device"] != "cuda" or peer == "transformers":  # nanoGPT as shipped compiles on CUDA
+            arms.append(peer_arm(f"{title(peer)} as shipped", shape, peer, "fp32"))
+        arms.append(peer_arm(f"{title(peer)} compiled", shape, peer, machine["dtype"], compile=True))
     return arms
+
+
+def peer_arm(label: str, shape: Shape, peer: str, dtype: str, compile: bool = False) -> Arm:
+    return Arm(f"{label}: {dtype}", train_peer, shape, {"peer": peer, "dtype": dtype, "compile": compile})
+
+
+def title(peer: str) -> str:
+    return os.path.basename(os.path.abspath(peer))
+
+
+def recurrent_arms(name: str, shape: Shape, cfg: BenchConfig, machine: dict) -> list[Arm]:
+    gated = shape_of(name, config="newllm_baseline")
+    arms = [Arm("scan", train_ours, shape)] if name.startswith("scan") else []
+    arms += [Arm("gated", train_ours, gated), peer_arm("all in the loop", gated, "loop", "fp32")]
+    if name == "context512":
+        arms += [peer_arm("nn.LSTM", gated, "nn.LSTM", dtype)
+                 for dtype in dict.fromkeys(("fp32", machine["dtype"]))]
+    return arms
+
+
+def decoding_arms(name: str, shape: Shape, *_) -> list[Arm]:
+    lstm = shape_of(name, "newllm_lstm", context_dim=224, n_layers=3, d_ff=512)  # 2.77M parameters
+    attention = shape_of(name, "newllm_transformer", d_ff=512)  # 2.62M
+    window = Shape(1, attention.model | {"window": 256})
+    return [Arm("context", decode, shape), Arm("context, by generate()", decode, shape, {"generate": True}),
+            Arm("scan", decode, shape_of(name, "newllm_scan")), Arm("LSTM", decode, lstm),
+            Arm("attention, window 256", decode, window), Arm("attention", decode, attention)]
+
+
+def generation_arms(name: str, shape: Shape, cfg: BenchConfig, machine: dict) -> list[Arm]:
+    ours = [{"compile": True}] * (cfg.compile != "false") + [{"compile": False}]
+    return [*(Arm("nanoMem", generate, shape, options) for options in ours),
+            *(Arm(title(peer), generate, shape, {"peer": peer}) for peer in cfg.peer)]
+
+
+ARMS = {  # of the shapes that are not simply training against peers
+    "startup": lambda name, shape, *_: [Arm("nanoMem", start_up, shape)],
+    "overhead": lambda name, shape, *_: [Arm("nanoMem", overhead, shape)],
+    "local": lambda name, shape, *_: [
+        Arm("window 256, T 8192", train_ours, Shape(1, shape.model | {"window": 256})),
+        Arm("window 256, T 512", train_ours, Shape(16, shape.model | {"window": 256, "max_seq_len": 512})),
+        Arm("global, T 8192", train_ours, shape)],
+    "muon": lambda name, shape, *_: [
+        Arm(by, train_ours, shape, {"optimizer": by}) for by in ("muon", "adamw")],
+    "int8": lambda name, shape, cfg, _: [
+        Arm("nanoMem", generate, shape, {"dtype": dtype, "compile": cfg.compile == "true"})
+        for dtype in ("int8", "fp32")],
+    **dict.fromkeys(("context32", "context512", "scan1", "scan8"), recurrent_arms),
+    "decoding": decoding_arms, "generate": generation_arms}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -445,16 +440,16 @@ def arms_of(name: str, cfg: BenchConfig, machine: dict) -> list[Arm]:
 
 @dataclass
 class Point:
-    """One model after `length` tokens, in a process of its own; of a failure there is only `error`."""
+    """One model after `length` tokens, in its own process; after a failure only `error` is filled in."""
     shape: str
     arm: str
     length: int
     parameters: int = 0
-    state_bytes: int = 0  # all buffers the decoding state holds, filled or not
+    state_bytes: int = 0  # of all buffers of the decoding state, full or not
     peak_gb: float = 0.0  # of the process
-    grown_gb: float = 0.0  # that peak, over what was in memory before the first token
+    grown_gb: float = 0.0  # of that peak, what came after the warm-up
     ms_per_token: float = 0.0  # median
-    slope: float | None = None  # of log(state_bytes) against log(length), a fit over the arm's lengths
+    slope: float | None = None  # of log(state_bytes) against log(length), fitted over the arm's lengths
     error: str = ""
 
 
@@ -465,8 +460,8 @@ def state_bytes(state) -> int:
 
 
 def decode(cfg: BenchConfig, arm: Arm, length: int, piece: int = 512, steps: int = 200) -> Point:
-    """Read `length` random tokens in pieces, then time so many steps of one token. Or generate() it all,
-    token by token, from a prompt of one."""
+    """Read `length` random tokens in pieces, then time `steps` steps of one token; or, if the arm says so,
+    generate() all of them from a prompt of one."""
     device = distributed.setup(cfg.device).device
     model = LM(ModelConfig(**arm.shape.model)).to(device).eval()
     tokens = torch.randint(model.n_tokens, (1, length), device=device)  # (1, T)
@@ -477,15 +472,15 @@ def decode(cfg: BenchConfig, arm: Arm, length: int, piece: int = 512, steps: int
         before = distributed.resident_memory() if device.type == "cpu" else distributed.peak_memory(device)
         state = model.init_state()
         if arm.options.get("generate"):
-            model.init_state = lambda: state  # to look at afterwards
+            model.init_state = lambda: state  # generate() fills this one, which is measured below
             stream = model.generate(tokens[:, :1], length + steps, temperature=0)
             for _ in range(length):
                 next(stream)
             times = [timed(lambda: next(stream), 1, device) for _ in range(steps)]
         else:
             if model.cfg.mixer == "attention":
-                # keys are kept as the state says, but here each reads 256 of them: to read 100,000 tokens in
-                # full takes minutes. A single token then sees all that is kept
+                # read with a window of 256: in full, 100,000 tokens take minutes. The state keeps the keys it
+                # would keep anyway, and the single tokens timed below attend to all of them
                 for block in model.trunk:
                     block.mixer.window = 256
             for part in tokens.split(piece, dim=1):
@@ -502,10 +497,10 @@ def decode_all(arms: list[Arm], cfg: BenchConfig, bar: tqdm) -> list[Point]:
         mine = []
         for length in cfg.lengths:
             bar.set_description_str(f"decoding, {arm.label}, {length:,}")
-            with ProcessPoolExecutor(1, SPAWN) as pool:  # a peak never goes down again
+            with ProcessPoolExecutor(1, SPAWN) as pool:  # a new process: peak memory never goes down
                 try:
                     mine.append(pool.submit(decode, cfg, arm, length).result())
-                except Exception as e:  # also of a process that was killed for its memory
+                except Exception as e:  # also if the process was killed for its memory
                     print(f"decoding, {arm.label}, {length:,} failed: {e}", file=sys.stderr)
                     mine.append(Point("decoding", arm.label, length, error=f"{type(e).__name__}: {e}"))
             bar.update()
@@ -527,16 +522,15 @@ def decoding_table(points: list[Point]) -> str:
     lines = [row.format("decoding", "", "parameters", "tokens", "state", "peak", "grown by", "per token",
                         "slope")]
     for p in points:
-        values = ("failed",) if p.error else (
+        values = ("failed", "", "", "", "") if p.error else (
             f"{p.state_bytes:,} B", f"{1000 * p.peak_gb:.0f} MB", f"{1000 * p.grown_gb:.1f} MB",
             f"{p.ms_per_token:.2f} ms", "n/a" if p.slope is None else f"{p.slope:.2f}")
-        lines.append(row.format(p.shape, p.arm, f"{p.parameters:,}", f"{p.length:,}", *values,
-                                *[""] * (5 - len(values))).rstrip())
+        lines.append(row.format(p.shape, p.arm, f"{p.parameters:,}", f"{p.length:,}", *values).rstrip())
     return "\n".join(lines)
 
 
 def draw_decoding(points: list[Point], path: str) -> None:
-    """Memory (the state's, and dashed the whole process's peak) and ms per token against length."""
+    """Memory (solid: the state; dashed: the process's peak) and ms per token against length."""
     figure = new_figure(10, 4.2)
     memory, speed = figure.subplots(1, 2)
     for i, arm in enumerate(dict.fromkeys(p.arm for p in points)):
@@ -557,8 +551,8 @@ def draw_decoding(points: list[Point], path: str) -> None:
 
 
 def measure_machine(device: str) -> dict:
-    """What this is, and the best rates of half a second each: GFLOP/s of a large square matmul, GB/s of a
-    copy (each byte counted once)."""
+    """What this machine is, and the best rate in half a second of each: large square matmuls in GFLOP/s, a
+    copy in GB/s (each byte counted once)."""
     device, limits = distributed.setup(device).device, {}
 
     def best(work) -> float:
@@ -568,12 +562,12 @@ def measure_machine(device: str) -> dict:
         return min(times)
 
     for name in ("fp32", "bf16") + ("fp16",) * (device.type == "cuda"):
-        for n in (256, 1024, 2048, 8192):  # larger only while a matmul takes no seconds: bf16 may be emulated
-            a = torch.randn(n, n, device=device).to(distributed.DTYPES[name])
-            limits[name] = max(limits.get(name, 0), 2 * n**3 / best(lambda a=a: a @ a) / 1e9)
-            larger = {256: 1024, 1024: 2048, 2048: 8192, 8192: 10**9}[n]
-            if 2 * larger**3 / limits[name] / 1e9 > 0.25:
+        limits[name] = 0.0
+        for n in (256, 1024, 2048, 8192):
+            if limits[name] and 2 * n**3 / limits[name] / 1e9 > 0.25:  # too slow: bf16 may be emulated
                 break
+            a = torch.randn(n, n, device=device).to(distributed.DTYPES[name])
+            limits[name] = max(limits[name], 2 * n**3 / best(lambda a=a: a @ a) / 1e9)
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     limits["copy"] = 4 * source.numel() / best(lambda: target.copy_(source)) / 1e9
@@ -593,7 +587,7 @@ def check_peers(cfg: BenchConfig) -> None:
 
 
 def main(cfg: BenchConfig) -> dict:
-    """Print the table; returns the ledger's row, whose result is what --json writes: machine and rows."""
+    """Print the table. Returns the ledger row, whose result is what --json writes: machine and rows."""
     check_peers(cfg)
     began, talk = time.perf_counter(), (lambda text: None) if cfg.json == "-" else say
     with SPAWN.Pool(1) as pool:
@@ -608,17 +602,16 @@ def main(cfg: BenchConfig) -> dict:
     with tempfile.TemporaryDirectory() as root, bar:
         for name, arms in races.items():
             if name == "decoding":
-                points = decode_all(arms, cfg, bar)
-                talk(decoding_table(points))
+                found = decode_all(arms, cfg, bar)
+                talk(decoding_table(found))
                 if cfg.plot:
-                    draw_decoding(points, cfg.plot)
-                rows += points
-                continue
-            vocab_size = arms[0].shape.model["vocab_size"]
-            folder = write_data(os.path.join(root, str(vocab_size)), vocab_size)
-            found = race(name, arms, cfg, folder, bar)
-            compare(found, machine["limits"])
-            talk("\n".join(aligned(cells(row)) for row in found))
+                    draw_decoding(found, cfg.plot)
+            else:
+                vocab_size = arms[0].shape.model["vocab_size"]
+                folder = write_data(os.path.join(root, str(vocab_size)), vocab_size)
+                found = race(name, arms, cfg, folder, bar)
+                compare(found, machine["limits"])
+                talk("\n".join(aligned(cells(row)) for row in found))
             rows += found
     result = {"machine": machine, "rows": [asdict(row) for row in rows]}
     if cfg.json == "-":

@@ -1,16 +1,16 @@
-"""Post-training INT8: a checkpoint in a quarter of its size, several times faster one token at a time.
+"""Post-training INT8: a checkpoint a quarter of the size that decodes one stream several times faster.
 
     python quantize.py out/demo                          # best.pt -> out/demo/int8.pt, and what that costs
     python quantize.py out/demo/last.pt --overwrite      # another checkpoint of the run
-    python quantize.py out/demo --data=data/shakespeare  # measure on this text, in the same tokens
+    python quantize.py out/demo --data=data/shakespeare  # measure on other text, in the same tokens
     python quantize.py out/demo --compile                # time the compiled decoding step as well
     python sample.py out/demo/int8.pt --prompt="ROMEO."  # the result is a checkpoint like any other
 
-Each matrix is rounded to 8 bits with a scale per output channel, each table with one per entry; activations
-are rounded as they come, with a scale per token. Norms, biases, other vectors and routers stay as they are.
-Nothing is calibrated: text is used only to measure what was lost. The table compares the file, loaded again,
-with the checkpoint: on the whole validation split, in windows of max_seq_len, through the head that decodes.
-An INT8 file is read, not trained; keep the checkpoint. It is faster on x86 CPUs only, and smaller everywhere.
+Each matrix is rounded to 8 bits with a scale per output channel, each embedding table with a scale per entry;
+activations are rounded on the fly, with a scale per token. Norms, biases, other vectors and routers are left
+as they are. Nothing is calibrated: text is used only to measure what was lost. The table compares the file,
+loaded back, with the checkpoint, on the whole validation split in windows of max_seq_len, with decoding's
+logits. An INT8 file cannot be trained: keep the checkpoint. It is smaller everywhere, faster only on x86.
 """
 import copy
 import os
@@ -26,6 +26,7 @@ from common.config import UserError, launch
 from common.console import say
 from common.evaluate import evaluate
 from common.int8 import to_int8
+from common.race import timed
 from common.run import MachineConfig, append_to_ledger, ledger_row
 from model import LM, load_model
 
@@ -38,13 +39,13 @@ import torch
 @dataclass
 class QuantizeConfig(MachineConfig):
     POSITIONAL: ClassVar[str] = "checkpoint"
-    # what
+    # files
     checkpoint: str = "out/demo"  # run folder (its best.pt) or .pt file; int8.pt is written beside it
-    overwrite: bool = False  # replace an int8.pt that is there
-    # measuring
-    data: str = ""  # folder whose validation split is read; "" = the one it was trained on
+    overwrite: bool = False  # replace an existing int8.pt
+    out_dir: str = ""  # folder of ledger.jsonl; "" = the one that holds the checkpoint's folder
+    # measurement
+    data: str = ""  # folder whose validation split is used; "" = the one the model was trained on
     speed_tokens: int = 256  # tokens generated to time one stream, the median of three times; 0 = not timed
-    out_dir: str = ""  # where ledger.jsonl is; "" = beside the checkpoint's folder
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # of the weights that INT8 is compared with
     compile: Literal["auto", "true", "false"] = "auto"  # also time the compiled decoding step; auto: no
 
@@ -53,47 +54,37 @@ class QuantizeConfig(MachineConfig):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Sizes
-
-
-def weight_bytes(model: LM) -> int:
-    """Of all parameters; shared ones count once, as they do in a file."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-def kept_bytes(model: LM) -> Counter:
-    """Bytes of what is not in INT8, nor a scale of what is, by name; all layers together."""
-    kept = Counter()
-    for name, p in model.named_parameters():
-        if p.dtype != torch.int8 and not name.endswith(".scale"):
-            kept[re.sub(r"\.\d+\.", ".*.", name)] += p.numel() * p.element_size()
-    return kept
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Measuring
+
+
+def check(source: str, model: LM, saved: dict) -> None:
+    if "int8" in saved:
+        raise UserError(f"{source} is already in INT8, made from {saved['int8']['source']}")
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise UserError(f"{source} contains values that are not finite, in {', '.join(bad[:3])}")
 
 
 def speeds(models: dict[str, LM], n: int, compile: bool, device) -> dict[str, float]:
     """Greedy tokens/s of one stream, the median of three times; the models take turns."""
-    prompt, seconds = torch.zeros(1, 1, dtype=torch.long, device=device), {name: [] for name in models}
-    for timed in (False, True, True, True):
-        for name, model in models.items():
-            began = time.perf_counter()
-            # the first compiles or warms up; a compiled step belongs to one size of the cache
-            for token in model.generate(prompt, n if timed or compile else 8, temperature=0, compile=compile):
-                last = token
-            last.item()  # waits for an accelerator
-            seconds[name] += [time.perf_counter() - began] * timed
-    return {name: n / statistics.median(times) for name, times in seconds.items()}
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=device)  # (1, 1)
+
+    def seconds(model: LM, n: int) -> float:
+        return timed(lambda: list(model.generate(prompt, n, temperature=0, compile=compile)), 1, device)
+
+    for model in models.values():
+        seconds(model, n if compile else 8)  # warm-up; a compiled step is specific to the cache size
+    rounds = [{name: seconds(model, n) for name, model in models.items()} for _ in range(3)]
+    return {name: n / statistics.median(times[name] for times in rounds) for name in models}
 
 
-def open_validation(cfg: QuantizeConfig, saved: dict):
-    """Tokens and description of the validation split, which must be in the model's tokens."""
-    folder = cfg.data or saved["config"]["data"]
-    meta = data.read_meta(folder)
-    checkpoint.check_tokenizer(saved["tokenizer"], cfg.checkpoint, meta["tokenizer"], folder)
-    return data.open_tokens(folder, "val", meta), meta["splits"]["val"]
+def kept_bytes(model: LM) -> Counter:
+    """Bytes of what is neither in INT8 nor a scale, by name, summed over layers."""
+    kept = Counter()
+    for name, p in model.named_parameters():
+        if p.dtype != torch.int8 and not name.endswith(".scale"):
+            kept[re.sub(r"\.\d+\.", ".*.", name)] += p.nbytes
+    return kept
 
 
 ROWS = (("weights", "weight_bytes", "{:,.0f} bytes"), ("checkpoint file", "file_bytes", "{:,.0f} bytes"),
@@ -104,7 +95,6 @@ ROWS = (("weights", "weight_bytes", "{:,.0f} bytes"), ("checkpoint file", "file_
 
 
 def table(result: dict[str, dict]) -> str:
-    """Each measure of the model and of the one in INT8, and the second over the first."""
     (before, model), (_, int8) = result.items()
     lines = [f"{'':<16}{before:>20}{'INT8':>20}{f'INT8 / {before}':>14}"]
     for label, key, form in ROWS:
@@ -119,7 +109,7 @@ def table(result: dict[str, dict]) -> str:
 
 
 def main(cfg: QuantizeConfig) -> dict:
-    """Write int8.pt, print the table, return the ledger's row."""
+    """Write int8.pt, print the table, return the ledger row."""
     began = time.perf_counter()
     with distributed.setup(cfg.device) as dist:
         device = dist.device
@@ -128,44 +118,41 @@ def main(cfg: QuantizeConfig) -> dict:
         source = checkpoint.find(cfg.checkpoint)
         fp32, saved = load_model(source)
         check(source, fp32, saved)
-        tokens, split = open_validation(cfg, saved)
+        folder = cfg.data or saved["config"]["data"]
+        meta = data.read_meta(folder)
+        checkpoint.check_tokenizer(saved["tokenizer"], cfg.checkpoint, meta["tokenizer"], folder)
+        tokens, split = data.open_tokens(folder, "val", meta), meta["splits"]["val"]
         path = os.path.join(os.path.dirname(source), "int8.pt")
         if os.path.exists(path) and not cfg.overwrite:
-            raise UserError(f"{path} is there already; replace it with --overwrite")
+            raise UserError(f"{path} already exists; replace it with --overwrite")
 
-        # the file, loaded again
+        # write the file and load it back
         checkpoint.save(path, {"model": to_int8(copy.deepcopy(fp32)).state_dict(), "config": saved["config"],
                                "tokenizer": saved["tokenizer"], "int8": {"source": source}})
         dtype, _ = distributed.choose_dtype(cfg.dtype, device)
         models = {dtype: fp32.to(device, distributed.DTYPES[dtype]), "int8": load_model(path, device)[0]}
 
-        # what it costs, what it brings
+        # size, quality, speed; shared parameters count once, as in the file
         length = fp32.cfg.max_seq_len
-        result = {name: {"weight_bytes": weight_bytes(model), "file_bytes": os.path.getsize(file),
+        result = {name: {"weight_bytes": sum(p.nbytes for p in model.parameters()),
+                         "file_bytes": os.path.getsize(file),
                          **evaluate(model, tokens, split, length, max(1, 2**13 // length), dist, "fp32",
                                     by_logits=True, label=name)}
                   for (name, model), file in zip(models.items(), (source, path), strict=True)}
-        for compile in (False, True)[:0 if not cfg.speed_tokens else 1 + (cfg.compile == "true")]:
-            n = cfg.speed_tokens if fp32.pos_embed is None else min(cfg.speed_tokens, length)
-            for name, speed in speeds(models, n, compile, device).items():
-                result[name]["compiled_tokens_per_second" if compile else "tokens_per_second"] = speed
+        n = cfg.speed_tokens if fp32.pos_embed is None else min(cfg.speed_tokens, length)
+        for compile, key in ((False, "tokens_per_second"), (True, "compiled_tokens_per_second")):
+            if n and (not compile or cfg.compile == "true"):
+                for name, speed in speeds(models, n, compile, device).items():
+                    result[name][key] = speed
         kept = kept_bytes(models["int8"])
         say(f"{table(result)}\nnot in INT8: {sum(kept.values()):,} bytes")
         say("\n".join(f"{size:>11,}  {name}" for name, size in kept.items()))
-        say(f"in {path}; look at it with:  python sample.py {path}")
+        say(f"wrote {path}; try it with:  python sample.py {path}")
         row = ledger_row("quantize", cfg, dist, counts={"parameters": fp32.count_parameters()["total"]},
                          result=result | {"path": path, "kept_bytes": dict(kept)}, dtype=dtype,
                          seconds=time.perf_counter() - began)
         append_to_ledger(cfg.out_dir or os.path.dirname(os.path.dirname(os.path.abspath(path))), row)
         return row
-
-
-def check(source: str, model: LM, saved: dict) -> None:
-    if "int8" in saved:
-        raise UserError(f"{source} is in INT8 already, made from {saved['int8']['source']}")
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise UserError(f"{source} holds values that are not finite, in {', '.join(bad[:3])}")
 
 
 if __name__ == "__main__":

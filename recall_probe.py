@@ -7,27 +7,26 @@
     python recall_probe.py --seq_len=64 --pairs=2,4,8,16 --vocab_size=64 --steps=10000 --name=recall_64
 
 Multi-query associative recall (Zoology, 2312.04927). A sequence is N pairs of a key and a value, then N
-queries, each one of the keys again; at a query the model must say the value that followed that key. Keys and
-values are drawn anew for each sequence, so nothing can be learned by heart: the answers are either in the
-decoding state or lost.
+queries, each repeating one of the keys; at a query the model must predict the value that followed that key.
+Each sequence draws its own pairs, so nothing can be memorised: answers are in the decoding state or lost.
 
-    k7 v3 k2 v9 k5 v1  .  k5  .  .  k7 k2  .  .      . is filler, and the only labels are those of queries:
+    k7 v3 k2 v9 k5 v1  .  k5  .  .  k7 k2  .  .      . is filler; only queries have labels:
                           v1        v3 v9
 
 Attention keeps every token: its state grows with the text. An LSTM or a context vector has the same few
-numbers after any text, and into those the pairs must go. One model per arm (mixer, size) and seed is trained
-on all numbers of pairs together and then tested on each, on sequences that took part in nothing before.
-Learning rates are tried on the first seed and chosen by validation sequences; the other seeds use the choice.
+numbers after any text, and the pairs must fit into those. One model per arm (mixer, size) and seed is trained
+on all N together, then tested on each N with sequences used for nothing else. Learning rates are tried on the
+first seed and chosen by validation accuracy; the other seeds use the chosen one.
 
-How to read recall.png: two levels need no memory for pairs. 1 / values is blind guessing; 1 / N is a model
+How to read recall.png: two levels need no memory of pairs. 1 / values is blind guessing; 1 / N is a model
 that knows which values it saw, but not which key each belongs to. Attention should reach 99 % everywhere: if
-it does not, the set-up is wrong (too few steps, learning rates), and nothing follows about the others. These
-learn far more slowly than attention: they stay at 1 / N, then leave it. So a low figure says what was not
-learned in so many steps; that it cannot be held is shown by more --steps changing nothing. The default task
-is small for that reason: all of it fits in half an hour on two CPU cores.
+it does not, the set-up is wrong (steps, learning rates), and the other results mean nothing. The others learn
+far more slowly: they stay at 1 / N for a while, then leave it. A low figure only says what was not learned in
+this number of steps; that it cannot be held follows only if more --steps change nothing. The default task is
+small for that reason: all of it runs in half an hour on two CPU cores.
 
-out/NAME/ gets results.jsonl (a line for each model as it ends), table.md and recall.png. The same command
-continues after Ctrl-C, and reuses what is there when mixers, sizes, seeds or learning rates are added.
+out/NAME/ gets results.jsonl (one line per finished model), table.md and recall.png. The same command resumes
+after Ctrl-C, and reuses existing results when mixers, sizes, seeds or learning rates are added.
 """
 import itertools
 import math
@@ -44,7 +43,7 @@ from common.console import resume_command, say
 from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
 from common.files import append_row, read_rows, write_text
 from common.run import Run, RunConfig, digest, git_commit
-from common.step import NotFinite, backward, update, wrap
+from common.step import NotFinite, backward, choose_compile, update, wrap
 from common.stop import StopRequest
 from common.tables import grid, new_figure, save_figure
 from model import LM, ModelConfig
@@ -56,41 +55,40 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
-MIXERS = {  # the flags of model.py that make each
+MIXERS = {  # flags of model.py
     "attention": {"mixer": "attention", "n_heads": 1, "pos": "rope"},
     "window": {"mixer": "attention", "n_heads": 1, "pos": "rope"},  # and --window
     "lstm": {"mixer": "lstm", "pos": "none"},
     "scan": {"mixer": "context", "context_update": "scan", "pos": "none"},
-    # one vector and no blocks around it
     "gated": {"mixer": "context", "context_update": "gated", "pos": "none", "activation": "relu"}}
-TRAIN, VALIDATION, TEST = range(3)  # streams of sequences
+TRAIN, VALIDATION, TEST = range(3)  # independent streams of sequences
 
 
 @dataclass
 class RecallConfig(RunConfig):
     MAY_CHANGE = {"mixers", "sizes", "seeds", "lrs", "seed"}
     # arms
-    mixers: tuple[Literal[tuple(MIXERS)], ...] = tuple(MIXERS)  # those of the arms
-    sizes: tuple[int, ...] = (16, 32, 64)  # d_model; for scan and gated the context vector's too
+    mixers: tuple[Literal[tuple(MIXERS)], ...] = tuple(MIXERS)  # attention, window, lstm, scan, gated
+    sizes: tuple[int, ...] = (16, 32, 64)  # d_model; for scan and gated the context vector's size too
     seeds: int = 3  # models per arm: seed, seed + 1, ...
-    lrs: tuple[float, ...] = (3e-3, 1e-2)  # peaks tried on the first seed, until one reaches stop_at
+    lrs: tuple[float, ...] = (3e-3, 1e-2)  # peaks, tried on the first seed until one reaches stop_at
     seed: int = 1  # of weights and sequences
     # task
-    pairs: tuple[int, ...] = (1, 2, 4, 8)  # numbers N of pairs; a batch has equally many sequences of each
+    pairs: tuple[int, ...] = (1, 2, 4, 8)  # values of N; a batch has equally many sequences of each
     seq_len: int = 32  # tokens T: 2 N of pairs, the rest queries and filler
-    vocab_size: int = 32  # ids: 0 is filler, then keys, and from vocab_size // 2 on values
+    vocab_size: int = 32  # ids: 0 is filler, then keys, and values from vocab_size // 2 on
     gap_power: float = 0.01  # a query comes x places after the pairs with weight x ** (gap_power - 1)
     # model
-    n_layers: int = 2  # blocks; gated: ReLU layers
+    n_layers: int = 2  # blocks; for gated, ReLU layers
     window: int = 8  # tokens that each layer of the arm `window` sees
     short_conv: int = 3  # tokens of the causal convolution before each mixer (gated has none); 0 = none
     # training
-    steps: int = 3000  # at most; warm-up for a tenth of them, then a cosine to 0
+    steps: int = 3000  # at most; warm-up for a tenth of them, then cosine to 0
     batch_size: int = 64  # sequences per step
-    eval_interval: int = 100  # steps between looks at the validation sequences
-    stop_at: float = 0.995  # a run ends once it has this validation accuracy for every N
-    eval_sequences: int = 256  # of each N in validation; four times as many in the test
-    # run and machine, where they differ from training
+    eval_interval: int = 100  # steps between validations
+    stop_at: float = 0.995  # training stops at this validation accuracy for every N
+    eval_sequences: int = 256  # validation sequences of each N; the test has four times as many
+    # run and machine: defaults that differ from train.py's
     name: str = "recall"  # the folder in out_dir
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # at these sizes 16 bits are no faster on a CPU
 
@@ -98,8 +96,8 @@ class RecallConfig(RunConfig):
         out = super().problems() + self.at_least(1, "seeds", "steps", "batch_size", "eval_interval",
                                                  "eval_sequences", "window", "seq_len", "n_layers")
         out += [f"{key} needs at least one number, all positive; got {getattr(self, key)}"
-                for key in ("sizes", "lrs", "pairs", "mixers")
-                if not getattr(self, key) or key != "mixers" and min(getattr(self, key)) <= 0]
+                for key in ("sizes", "lrs", "pairs") if min(getattr(self, key), default=0) <= 0]
+        out += [] if self.mixers else ["mixers needs at least one mixer"]
         most, half = max(self.pairs, default=0), self.vocab_size // 2
         if most > half - 1:
             out.append(f"pairs={most} needs {most} keys, but vocab_size={self.vocab_size} has {half - 1}; "
@@ -108,26 +106,22 @@ class RecallConfig(RunConfig):
             out.append(f"pairs={most} takes 2 * {most} tokens and {most} queries, but seq_len="
                        f"{self.seq_len}; use --seq_len={3 * most}")
         if self.pairs and self.batch_size % len(self.pairs):
-            out.append(f"batch_size={self.batch_size} does not divide by the {len(self.pairs)} numbers of "
-                       "pairs")
-        if not out:
-            for mixer, size in itertools.product(self.mixers, self.sizes):
-                try:
-                    model_config(self, mixer, size)
-                except ConfigError as e:
-                    out += [f"{mixer} of size {size}: {p}" for p in e.problems]
+            out.append(f"batch_size={self.batch_size} is not a multiple of {len(self.pairs)}, the number of "
+                       "values in pairs")
+        for mixer, size in itertools.product(self.mixers, self.sizes) if not out else ():
+            try:
+                model_config(self, mixer, size)
+            except ConfigError as e:
+                out += [f"{mixer} of size {size}: {p}" for p in e.problems]
         return out
 
 
 def model_config(cfg: RecallConfig, mixer: str, size: int) -> ModelConfig:
-    """Every arm has blocks of the same kind around its mixer, but for gated, which is a trunk of its own."""
-    flags = dict(MIXERS[mixer], vocab_size=cfg.vocab_size, max_seq_len=cfg.seq_len, d_model=size,
-                 n_layers=cfg.n_layers, d_ff=2 * size, tie_embeddings=False)
-    if mixer == "window":
-        flags["window"] = cfg.window
-    if mixer != "gated":
-        flags["short_conv"] = cfg.short_conv
-    return ModelConfig(**flags)
+    """All mixers have the same kind of blocks around them, except gated, which has none."""
+    flags = MIXERS[mixer] | ({"window": cfg.window} if mixer == "window" else {})
+    return ModelConfig(**flags, vocab_size=cfg.vocab_size, max_seq_len=cfg.seq_len, d_model=size,
+                       n_layers=cfg.n_layers, d_ff=2 * size, tie_embeddings=False,
+                       short_conv=0 if mixer == "gated" else cfg.short_conv)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -136,21 +130,21 @@ def model_config(cfg: RecallConfig, mixer: str, size: int) -> ModelConfig:
 
 class Sequences(NamedTuple):
     tokens: torch.Tensor  # (B, T)
-    targets: torch.Tensor  # (B, T): the value asked for at a query, -1 elsewhere
+    targets: torch.Tensor  # (B, T): the value to predict at a query, -1 elsewhere
     distances: torch.Tensor  # (B, T): tokens from the key in its pair to the query, 0 elsewhere
 
 
 def sequences(cfg: RecallConfig, n_pairs: int, count: int, rng: np.random.Generator) -> Sequences:
-    """`count` sequences of `n_pairs` pairs. Keys of a sequence are all different, and so are its values, so
-    that a guess among those seen is right once in n_pairs."""
+    """`count` sequences of `n_pairs` pairs. Within a sequence all keys differ and all values differ, so a
+    guess among the values seen is right once in n_pairs."""
     half, N = cfg.vocab_size // 2, n_pairs
 
     def draw(ids: int):  # N different ones of 0 .. ids - 1
         return rng.random((count, ids)).argsort(axis=1)[:, :N]  # (B, N)
 
     keys, values, asked = 1 + draw(half - 1), half + draw(cfg.vocab_size - half), draw(N)
-    # the first N arrivals of a race in which place x has rate x ** (gap_power - 1) are N places drawn with
-    # these weights one after the other; `asked` then deals them out to the pairs
+    # weighted draws without replacement: the first N arrivals of a race in which place x arrives at the rate
+    # x ** (gap_power - 1); the i-th place to arrive asks for pair asked[i]
     rates = np.arange(1, cfg.seq_len - 2 * N + 1) ** (cfg.gap_power - 1)
     places = 2 * N + (rng.exponential(size=(count, len(rates))) / rates).argsort(axis=1)[:, :N]  # (B, N)
 
@@ -164,7 +158,7 @@ def sequences(cfg: RecallConfig, n_pairs: int, count: int, rng: np.random.Genera
 
 
 def training_batch(cfg: RecallConfig, seed: int, step: int) -> Sequences:
-    """A pure function of (seed, step), and the same for every mixer, size and learning rate."""
+    """A pure function of (seed, step), the same for every mixer, size and learning rate."""
     rng = np.random.default_rng((seed, TRAIN, step))
     parts = [sequences(cfg, N, cfg.batch_size // len(cfg.pairs), rng) for N in cfg.pairs]
     return Sequences(*map(torch.cat, zip(*parts, strict=True)))
@@ -174,26 +168,21 @@ def training_batch(cfg: RecallConfig, seed: int, step: int) -> Sequences:
 # Training and testing
 
 
-def answers(model: LM, batch: Sequences):
-    """Logits (n, V) at the n queries alone, the values asked for (n,), the distances (n,)."""
-    tokens, targets, distances = (x.to(model.embed.weight.device) for x in batch)
-    asked = targets >= 0  # (B, T)
-    return model.head(model.hidden(tokens)[asked]), targets[asked], distances[asked]
-
-
 @torch.no_grad()
 def test(cfg: RecallConfig, model: LM, seed: int, stream: int) -> dict[str, dict]:
-    """By number of pairs (text, as in JSON): the share of queries answered rightly, and `by_distance`, whose
-    i-th entry is (right, asked) at distances 2^i .. 2^(i+1) - 1."""
+    """For each N (as text, as in JSON) the accuracy over its queries, and `by_distance`, whose i-th entry is
+    (right, asked) at distances 2^i .. 2^(i+1) - 1."""
     model.eval()
-    results, n_buckets = {}, cfg.seq_len.bit_length()
+    results, n_buckets, device = {}, cfg.seq_len.bit_length(), model.embed.weight.device
     for N in cfg.pairs:
         rng = np.random.default_rng((seed, stream, N))
         right, bucket = [], []
         for _ in range(4 if stream == TEST else 1):
-            logits, values, distances = answers(model, sequences(cfg, N, cfg.eval_sequences, rng))
-            right.append(logits.argmax(dim=-1) == values)  # (n,)
-            bucket.append(distances.log2().long())  # (n,)
+            tokens, targets, distances = (x.to(device) for x in sequences(cfg, N, cfg.eval_sequences, rng))
+            asked = targets >= 0  # (B, T)
+            logits = model.head(model.hidden(tokens)[asked])  # (n, V), at the n queries only
+            right.append(logits.argmax(dim=-1) == targets[asked])  # (n,)
+            bucket.append(distances[asked].log2().long())  # (n,)
         right, bucket = torch.cat(right).cpu(), torch.cat(bucket).cpu()
         counts = [torch.bincount(b, minlength=n_buckets).tolist() for b in (bucket[right], bucket)]
         results[str(N)] = {"accuracy": right.float().mean().item(),
@@ -203,11 +192,12 @@ def test(cfg: RecallConfig, model: LM, seed: int, stream: int) -> dict[str, dict
 
 
 def train(cfg: RecallConfig, mixer: str, size: int, lr: float, seed: int, dist: Dist, stop: StopRequest):
-    """One model from start to test: its line of results.jsonl; None if asked to stop."""
+    """Train and test one model. Returns its line of results.jsonl, or None if asked to stop."""
     began, dtype = time.perf_counter(), choose_dtype(cfg.dtype, dist.device)[0]
     torch.manual_seed(seed)
     model = LM(model_config(cfg, mixer, size)).to(dist.device)
-    net = wrap(model, cfg.compile == "true", dist)
+    net = wrap(model, choose_compile(cfg.compile, cfg.steps * cfg.batch_size * cfg.seq_len
+                                     * model.flops_per_token(cfg.seq_len), dist.device)[0], dist)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0,  # no data twice
                                   fused=dist.device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
@@ -222,8 +212,8 @@ def train(cfg: RecallConfig, mixer: str, size: int, lr: float, seed: int, dist: 
         try:
             update(model, optimizer, scaler, 1.0, loss)
         except NotFinite as e:
-            raise UserError(f"{mixer} of size {size}, lr {lr:g}, step {step + 1}: {e}; leave this rate out "
-                            "of --lrs (what is done stays)") from None
+            raise UserError(f"{mixer} of size {size}, lr {lr:g}, step {step + 1}: {e}; remove this rate from "
+                            "--lrs (finished models are kept)") from None
         if stop.requested:
             return None
         if (step + 1) % cfg.eval_interval == 0 or step + 1 == cfg.steps:
@@ -242,10 +232,10 @@ def train(cfg: RecallConfig, mixer: str, size: int, lr: float, seed: int, dist: 
 
 @torch.no_grad()
 def state_numbers(cfg: RecallConfig, model: LM) -> int:
-    """How many numbers the decoding state holds after one sequence: attention's cache at its length."""
-    state = model.init_state()
-    model.hidden(torch.zeros(1, cfg.seq_len, dtype=torch.long, device=model.embed.weight.device), state)
-    state.fix(cfg.seq_len, model.embed.weight.device)  # without spare room
+    """How many numbers the decoding state holds after one sequence."""
+    state, device = model.init_state(), model.embed.weight.device
+    model.hidden(torch.zeros(1, cfg.seq_len, dtype=torch.long, device=device), state)
+    state.fix(cfg.seq_len, device)  # without spare room
 
     def count(x) -> int:
         if torch.is_tensor(x):
@@ -260,12 +250,12 @@ def state_numbers(cfg: RecallConfig, model: LM) -> int:
 
 
 def table(cfg: RecallConfig, arms: list[list[dict]]) -> str:
-    """Accuracy by number of pairs, then by distance where the pairs are most."""
+    """Accuracy for each N, then by distance for the largest N."""
     def accuracy(rows, N):
         found = [100 * r["test"][str(N)]["accuracy"] for r in rows]
         return f"{statistics.fmean(found):.1f} ({min(found):.1f}-{max(found):.1f})"
 
-    most = max(cfg.pairs)
+    most, values = max(cfg.pairs), cfg.vocab_size - cfg.vocab_size // 2
     lines = [["mixer", "d_model", "parameters", "state", "lr", "steps", *(f"N = {N}" for N in cfg.pairs)]]
     far = [["mixer", "d_model", *(f"{2**i}-{2**(i + 1) - 1}" for i in range(cfg.seq_len.bit_length()))]]
     for rows in arms:
@@ -273,53 +263,49 @@ def table(cfg: RecallConfig, arms: list[list[dict]]) -> str:
         lines.append([r["mixer"], str(r["size"]), f"{r['parameters']:,}", f"{r['state_numbers']:,}",
                       f"{r['lr']:g}", f"{statistics.fmean(r['steps'] for r in rows):,.0f}",
                       *(accuracy(rows, N) for N in cfg.pairs)])
-        buckets = zip(*(r["test"][str(most)]["by_distance"] for r in rows), strict=True)
-        sums = [[sum(x) for x in zip(*b, strict=True)] for b in buckets]
-        far.append([r["mixer"], str(r["size"]),
-                    *(f"{100 * right / asked:.1f}" if asked else "" for right, asked in sums)])
-    keep = [any(line[i] for line in far[1:]) for i in range(len(far[0]))]
-    far = [[c for c, k in zip(line, keep, strict=True) if k] for line in far]
-    values = cfg.vocab_size - cfg.vocab_size // 2
-    text = (f"{grid(lines)}\n\nBy distance from key to query, N = {most}:\n\n{grid(far)}\n\n"
-            f"- per cent of queries answered rightly in {4 * cfg.eval_sequences:,} test sequences of each N: "
-            f"mean (least-most) of {cfg.seeds} seeds\n"
-            f"- chance: {100 / values:.1f} guessing among all values; "
-            + ", ".join(f"{100 / N:.1f}" for N in cfg.pairs) + " among the N values of the sequence\n"
-            f"- state: numbers held while decoding one sequence (4 bytes each in fp32); attention's at "
-            f"{cfg.seq_len} tokens\n"
-            f"- lr: of {', '.join(f'{lr:g}' for lr in cfg.lrs)} the best by seed {cfg.seed}'s validation "
-            "sequences, used for all seeds\n")
-    low = [r["size"] for rows in arms for r in rows if r["mixer"] == "attention"
-           and min(x["accuracy"] for x in r["test"].values()) < 0.9]
+        counts = np.sum([r["test"][str(most)]["by_distance"] for r in rows], axis=0)  # (buckets, 2)
+        shares = (f"{100 * right / asked:.1f}" if asked else "" for right, asked in counts)
+        far.append([r["mixer"], str(r["size"]), *shares])
+    columns = [column for column in zip(*far, strict=True) if any(column[1:])]
+    notes = [
+        f"per cent of queries answered correctly in {4 * cfg.eval_sequences:,} test sequences of each N: "
+        f"mean (min-max) over {cfg.seeds} seeds",
+        f"chance: {100 / values:.1f} guessing among all values; "
+        + ", ".join(f"{100 / N:.1f}" for N in cfg.pairs) + " among the N values of the sequence",
+        "state: numbers held while decoding one sequence (4 bytes each in fp32), for attention at "
+        f"{cfg.seq_len} tokens",
+        f"lr: the best of {', '.join(f'{lr:g}' for lr in cfg.lrs)} on seed {cfg.seed}'s validation "
+        "sequences, used for all seeds"]
+    low = sorted({r["size"] for rows in arms for r in rows if r["mixer"] == "attention"
+                  and min(x["accuracy"] for x in r["test"].values()) < 0.9})
     if low:
-        text += (f"- attention is below 90 % (d_model {', '.join(map(str, sorted(set(low))))}): the set-up "
-                 "is at fault, so this says nothing of other mixers; give it more --steps or other --lrs\n")
-    return text
+        notes.append(f"attention is below 90 % (d_model {', '.join(map(str, low))}): the set-up is at fault, "
+                     "so this says nothing about other mixers; use more --steps or other --lrs")
+    return (f"{grid(lines)}\n\nBy distance from key to query, N = {most}:\n\n"
+            f"{grid(list(zip(*columns, strict=True)))}\n\n" + "".join(f"- {note}\n" for note in notes))
 
 
 def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
-    """A panel for each N: accuracy against state size, a line through the means of each mixer's sizes."""
+    """A panel for each N: accuracy against state size, a dot per model and a line through the means."""
     figure = new_figure(2 + 2.6 * len(cfg.pairs), 3.6)
     panels = figure.subplots(1, len(cfg.pairs), sharey=True, squeeze=False)[0]
     values = cfg.vocab_size - cfg.vocab_size // 2
     for axes, N in zip(panels, cfg.pairs, strict=True):
         for i, mixer in enumerate(cfg.mixers):
-            mine = sorted((rows for rows in arms if rows[0]["mixer"] == mixer),
-                          key=lambda rows: rows[0]["state_numbers"])
-            x = [rows[0]["state_numbers"] for rows in mine]
-            y = [[r["test"][str(N)]["accuracy"] for r in rows] for rows in mine]
-            axes.plot(x, [statistics.fmean(a) for a in y], color=f"C{i}", label=mixer)
-            for at, seeds in zip(x, y, strict=True):
-                axes.plot([at] * len(seeds), seeds, "o", color=f"C{i}", markersize=3, alpha=0.7)
+            points = sorted((rows[0]["state_numbers"], [r["test"][str(N)]["accuracy"] for r in rows])
+                            for rows in arms if rows[0]["mixer"] == mixer)
+            means = [statistics.fmean(y) for _, y in points]
+            axes.plot([x for x, _ in points], means, color=f"C{i}", label=mixer)
+            for x, y in points:
+                axes.plot([x] * len(y), y, "o", color=f"C{i}", markersize=3, alpha=0.7)
         for level, style in ((1 / N, "--"), (1 / values, ":")):
             axes.axhline(level, color="black", linewidth=0.8, linestyle=style)
         axes.set_xscale("log", base=2)
         axes.set(title=f"{N} pair{'s' * (N > 1)}", xlabel="numbers in the state", ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("share of queries answered rightly")
+    panels[0].set_ylabel("share of queries answered correctly")
     handles = panels[0].get_legend_handles_labels()[0] + list(panels[0].lines[-2:])
-    labels = [*cfg.mixers, "1 / pairs", "1 / values"]
-    figure.legend(handles, labels, loc="outside right center")
+    figure.legend(handles, [*cfg.mixers, "1 / pairs", "1 / values"], loc="outside right center")
     save_figure(figure, path)
 
 
@@ -328,8 +314,8 @@ def draw(cfg: RecallConfig, arms: list[list[dict]], path: str) -> None:
 
 
 def progress(cfg: RecallConfig, mixer: str, size: int, done: dict) -> tuple[list[dict], tuple | None]:
-    """Of one arm: its models that count, one per seed, and the (lr, seed) to train next, or None at the
-    end. `done`: lines of results.jsonl by (mixer, size, lr, seed)."""
+    """Of one arm, the finished models that count, one per seed, and the (lr, seed) to train next, or None.
+    `done`: lines of results.jsonl by (mixer, size, lr, seed)."""
     tried, rows = [], []
     for lr in cfg.lrs:
         if (mixer, size, lr, cfg.seed) not in done:
@@ -346,20 +332,18 @@ def progress(cfg: RecallConfig, mixer: str, size: int, done: dict) -> tuple[list
 
 
 def read_results(cfg: RecallConfig, path: str) -> dict[tuple, dict]:
-    """The lines of results.jsonl by (mixer, size, lr, seed); UserError if of another configuration."""
     done = {}
     for row in read_rows(path):
         if differences := cfg.differences(row["config"]):
-            raise UserError(f"{path} holds results of another configuration (there -> here)\n  "
+            raise UserError(f"{path} holds results of another configuration (saved -> now)\n  "
                             + "\n  ".join(differences)
-                            + "\nnothing was run; use another --name, or throw them away with --overwrite")
+                            + "\nnothing was run; use another --name, or discard them with --overwrite")
         done[row["mixer"], row["size"], row["lr"], row["seed"]] = row
     return done
 
 
 def main(cfg: RecallConfig) -> dict:
-    """Run, or continue, all arms. Returns the ledger's row; its result has the lines of results.jsonl by
-    arm."""
+    """Train what is missing and report. Returns the ledger row, whose result has the models of each arm."""
     with setup(cfg.device) as dist:
         if dist.world > 1:
             raise UserError("recall_probe.py trains in one process: start it with python, not with torchrun")
@@ -370,7 +354,7 @@ def main(cfg: RecallConfig) -> dict:
         most = len(cfg.lrs) + cfg.seeds - 1
         say(f"mixers x sizes = {len(cfg.mixers)} x {len(cfg.sizes)} = {len(arms)} arms, each with at most "
             f"{len(cfg.lrs)} learning rates + {cfg.seeds - 1} more seeds = {most} models: at most "
-            f"{len(arms) * most} models of at most {cfg.steps:,} steps, {len(done)} there; in {folder}")
+            f"{len(arms) * most} models of at most {cfg.steps:,} steps, {len(done)} finished; in {folder}")
         for mixer, size in arms:
             fit.refuse_hopeless(LM, model_config(cfg, mixer, size), fit.room_for(0, dist),
                                 max(cfg.batch_size, 4 * cfg.eval_sequences))
@@ -387,13 +371,13 @@ def main(cfg: RecallConfig) -> dict:
             if cfg.overwrite and os.path.exists(path):
                 os.remove(path)
             if not run_arms(cfg, arms, done, path, dist, stop):
-                say(f"stopped, without the model just in training; continue with:  {resume_command()}")
+                say(f"stopped; the model in training is lost. Continue with:  {resume_command()}")
                 return {"status": "stopped"}
             return report(cfg, arms, done, run)
 
 
 def run_arms(cfg: RecallConfig, arms: list, done: dict, path: str, dist: Dist, stop: StopRequest) -> bool:
-    """Train what is not in `done`, and add it there and to the file; False if asked to stop."""
+    """Train what is not in `done`, adding it there and to the file; False if asked to stop."""
     for mixer, size in arms:
         while todo := progress(cfg, mixer, size, done)[1]:
             lr, seed = todo

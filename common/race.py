@@ -1,5 +1,5 @@
-"""Timing side by side: each arm in a process of its own, in turns, with ratios taken within a round, so that
-a machine that drifts hits all alike. `cfg` has a device and a number of rounds."""
+"""Side-by-side timing: each arm in its own process, in turns, with ratios taken within a round, so that drift
+of the machine affects all arms alike. `cfg` needs `device` and `rounds`."""
 import math
 import multiprocessing
 import os
@@ -16,43 +16,15 @@ from common import distributed
 import torch
 from tqdm import tqdm
 
-SPAWN = multiprocessing.get_context("spawn")  # a forked process would start with this one's peak memory
-
-# ------------------------------------------------------------------------------------------------------------
-# In an arm's process
+SPAWN = multiprocessing.get_context("spawn")  # a forked process would inherit this one's peak memory
 
 
 class Runner(NamedTuple):
-    measure: Callable[[], float]  # one round, in `unit`
+    measure: Callable[[], float]  # runs one round; returns its value in `unit`
     unit: str = "tok/s"
-    note: str = ""  # how it came to run
-    dtype: str = ""  # whose matmul rate is the limit
+    note: str = ""  # dtype and compilation, shown after the label
+    dtype: str = ""  # the limit is the rate of matmuls in this dtype
     flops: float = 0.0  # per token
-
-
-def timed(work: Callable, times: int, device) -> float:
-    """Seconds that so many calls take, with what they started on an accelerator."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    began = time.perf_counter()
-    for _ in range(times):
-        work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
-
-
-def warm_up(step: Callable, device, steps: int) -> int:
-    """Runs at least three steps, until one is not much slower than the fastest so far; returns how many make
-    a round."""
-    times = []
-    while len(times) < 3 or times[-1] > 1.2 * min(times) and len(times) < 8:
-        times.append(timed(step, 1, device))
-    return steps or max(1, round(1 / min(times)))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Arms: who runs, and the race
 
 
 class Arm(NamedTuple):
@@ -73,15 +45,36 @@ class Row:
     values: list[float] = field(default_factory=list)  # one per round, in `unit`
     peak_gb: float | None = None
     of_limit: float | None = None  # share of the matmul rate in this dtype
-    speed_ratio: tuple[float, ...] | None = None  # tokens/s of the shape's first arm over this one's
-    memory_ratio: float | None = None  # peak memory of the shape's first arm over this one's
+    speed_ratio: tuple[float, ...] | None = None  # first arm's tokens/s over this one's: min, median, max
+    memory_ratio: float | None = None  # first arm's peak memory over this one's
     error: str = ""
 
 
+def timed(work: Callable, times: int, device) -> float:
+    """Seconds for `times` calls, including the work they start on an accelerator."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - began
+
+
+def warm_up(step: Callable, device, steps: int) -> int:
+    """Run 3 to 8 steps, until one takes at most 1.2 times as long as the fastest. Returns the number of steps
+    in a round: `steps`, or about a second's worth for 0."""
+    times = []
+    while len(times) < 3 or times[-1] > 1.2 * min(times) and len(times) < 8:
+        times.append(timed(step, 1, device))
+    return steps or max(1, round(1 / min(times)))
+
+
 def child(pipe, cfg, arm: Arm, folder: str) -> None:
-    """An arm's process: at the first message make its Runner and say what it is, at each further one run a
-    round. It ends with the pipe, so when the parent does, however that ends. Errors are sent as text."""
-    sys.stdout = open(os.devnull, "w")  # the table is the parent's
+    """An arm's process. On the first message it builds its Runner and describes it, on each later one it runs
+    a round. It ends when the pipe closes, so also when the parent is killed. Errors are sent as text."""
+    sys.stdout = open(os.devnull, "w")  # only the parent prints
     try:
         pipe.recv()
         runner = arm.make(cfg, arm.shape, folder, **arm.options)
@@ -96,56 +89,46 @@ def child(pipe, cfg, arm: Arm, folder: str) -> None:
 
 
 def race(name: str, arms: list[Arm], cfg, folder: str, bar: tqdm) -> list[Row]:
-    rows, pipes, processes = [Row(name, arm.label) for arm in arms], [], []
+    racers = []
     for arm in arms:  # all import torch at once; nothing is timed yet
         pipe, theirs = SPAWN.Pipe()
-        pipes.append(pipe)
-        processes.append(SPAWN.Process(target=child, args=(theirs, cfg, arm, folder), daemon=True))
-        processes[-1].start()
-        theirs.close()  # else its death would not end the pipe
-
-    def ask(row: Row, pipe):
-        bar.set_description_str(f"{name}, {row.arm}")
-        bar.update()
-        if row.error:
-            return None
-        try:
-            pipe.send(None)
-            answer = pipe.recv()
-        except (EOFError, OSError):
-            answer = "its process died; out of memory?"
-        if isinstance(answer, str):
-            print(f"{name}, {row.arm} failed: {answer}", file=sys.stderr)
-            row.error = answer.strip().splitlines()[-1]
-            return None
-        return answer
-
-    for row, pipe in zip(rows, pipes, strict=True):
-        if made := ask(row, pipe):
-            row.arm += f": {made.note}" if made.note else ""
-            row.unit, row.dtype, row.flops_per_token = made.unit, made.dtype, made.flops
-    for i in range(cfg.rounds):
-        for row, pipe in list(zip(rows, pipes, strict=True))[::-1 if i % 2 else 1]:
-            if measured := ask(row, pipe):
-                row.values.append(measured[0])
-                row.peak_gb = measured[1] if row.unit == "tok/s" else None
-    for pipe, process in zip(pipes, processes, strict=True):
+        process = SPAWN.Process(target=child, args=(theirs, cfg, arm, folder), daemon=True)
+        process.start()
+        theirs.close()  # or the pipe would stay open after the child's death
+        racers.append((Row(name, arm.label), pipe, process))
+    for i in range(cfg.rounds + 1):  # round 0 builds the Runners
+        for row, pipe, _ in racers[::-1 if i and i % 2 == 0 else 1]:
+            bar.set_description_str(f"{name}, {row.arm}")
+            bar.update()
+            if row.error:
+                continue
+            try:
+                pipe.send(None)
+                answer = pipe.recv()
+            except (EOFError, OSError):
+                answer = "its process died; out of memory?"
+            if isinstance(answer, str):
+                print(f"{name}, {row.arm} failed: {answer}", file=sys.stderr)
+                row.error = answer.strip().splitlines()[-1]
+            elif isinstance(answer, Runner):
+                row.arm += f": {answer.note}" if answer.note else ""
+                row.unit, row.dtype, row.flops_per_token = answer.unit, answer.dtype, answer.flops
+            else:
+                row.values.append(answer[0])
+                row.peak_gb = answer[1] if row.unit == "tok/s" else None
+    for _, pipe, process in racers:
         pipe.close()
-        process.join()  # its memory is the next shape's
-    return rows
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The table
+        process.join()  # frees its memory before the next shape
+    return [row for row, _, _ in racers]
 
 
 def compare(rows: list[Row], limits: dict) -> None:
-    """Fill in what follows from the measured values."""
+    """Fill in the shares of the limits and the ratios to the first row."""
     first = rows[0]
     for row in rows:
         if row.unit != "tok/s" or row.error:
             continue
-        row.flops_per_token = row.flops_per_token or first.flops_per_token  # a peer's model has the same size
+        row.flops_per_token = row.flops_per_token or first.flops_per_token  # peers' models have the same size
         if row.flops_per_token and row.dtype in limits:
             flops = row.flops_per_token * statistics.median(row.values)
             row.of_limit = flops / (limits[row.dtype] * 1e9)

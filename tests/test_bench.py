@@ -1,4 +1,4 @@
-"""bench.py: real small races with a stand-in for nanoGPT, and the arithmetic of the table."""
+"""bench.py: small real races against a stand-in for nanoGPT, and the arithmetic of the table."""
 import dataclasses
 import importlib.util
 import itertools
@@ -9,7 +9,7 @@ import statistics
 import bench
 from bench import BenchConfig
 from common import data, race, tokenizer
-from common.config import ConfigError, UserError
+from common.config import ConfigError, UserError, help_text
 from common.race import Row
 from model import LM
 
@@ -43,7 +43,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         assert config == GPTConfig(32, 512, 2, 2, 32, 0.0, True)
-        print("number of parameters")  # must not get into the table
+        print("number of parameters")  # must not appear in the table
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.head = nn.Linear(config.n_embd, config.vocab_size)
 
@@ -59,7 +59,7 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens):
         assert not self.training
         self.calls = getattr(self, "calls", 0) + 1
-        if self.calls == 3:  # to warm up, round 1, round 2
+        if self.calls == 3:  # after the warm-up and one round
             os._exit(1)
         for _ in range(max_new_tokens):
             idx = torch.cat((idx, self.head(self.embed(idx[:, -1:])).argmax(-1)), dim=1)
@@ -67,7 +67,7 @@ class GPT(nn.Module):
 '''
 
 
-def test_races_with_a_peer_that_fails_to_compile_and_then_dies(tmp_path, monkeypatch, capfd):
+def test_races_against_a_peer_that_fails_to_compile_and_then_dies(tmp_path, monkeypatch, capfd):
     (tmp_path / "standin").mkdir()
     (tmp_path / "standin" / "model.py").write_text(STAND_IN)
     tiny, out = bench.shape_of("tiny"), tmp_path / "bench.json"
@@ -101,10 +101,10 @@ def test_races_with_a_peer_that_fails_to_compile_and_then_dies(tmp_path, monkeyp
     assert lines[4].split()[-3:] == ["failed", "n/a", "n/a"] and "failed" in lines[6]
     assert f"{statistics.median(ours['values']):,.0f} tok/s" in lines[2]
     assert "{:.2f}-{:.2f}-{:.2f}x".format(*shipped["speed_ratio"]) in lines[3]
-    assert len({line.rindex(" GB") for line in lines[2:4] + lines[5:]}) == 1, "columns are aligned"
+    assert len({line.rindex(" GB") for line in lines[2:4] + lines[5:]}) == 1, "columns are not aligned"
 
 
-def test_ratios_and_shares_by_hand():
+def test_ratios_and_shares_match_a_calculation_by_hand():
     rng = np.random.default_rng(0)
     ours, peer, other = (Row("s", name, "tok/s", dtype, flops, list(rng.uniform(1, 9, 5)), gb)
                          for name, dtype, flops, gb in
@@ -116,7 +116,7 @@ def test_ratios_and_shares_by_hand():
     assert peer.speed_ratio == (quotients[0], quotients[2], quotients[4]) and peer.memory_ratio == 0.25
 
 
-def test_nothing_is_invented():
+def test_a_failed_arm_has_no_ratios_or_shares():
     good, failed = Row("s", "a", "tok/s", "fp32", 1e9, [1.0], 1.0), Row("s", "b", error="boom")
     for rows in ([good, failed], [failed, good]):
         bench.compare(rows, {"fp32": 100.0})
@@ -127,7 +127,7 @@ def test_nothing_is_invented():
     assert bench.cells(seconds)[2:] == ("2.50 s", "n/a", "n/a", "", "")
 
 
-def test_written_out_models_are_those_they_are_raced_against():
+def test_written_out_models_compute_the_same_as_ours():
     def size(model):
         return sum(p.numel() for p in model.parameters())
 
@@ -144,7 +144,7 @@ def test_written_out_models_are_those_they_are_raced_against():
     trunk = ours.trunk
     theirs = [ours.embed, *trunk.layers, trunk.gates, trunk.context_norm, ours.head]
     with torch.no_grad():
-        plain.norm.weight.mul_(6)  # so that some contexts reach the clamp
+        plain.norm.weight.mul_(6)  # so that some contexts are clamped
         gates = [torch.cat([getattr(gate, kind) for gate in (plain.forget, plain.input, plain.update)])
                  for kind in ("weight", "bias")]
         own = [plain.embed.weight, *(p for layer in plain.layers for p in layer.parameters()), *gates,
@@ -157,17 +157,10 @@ def test_written_out_models_are_those_they_are_raced_against():
     assert torch.allclose(loss, ours(*tokens)[0])
 
 
-def test_arms_without_attention_take_a_step(tmp_path, monkeypatch):
+def test_recurrent_arms_take_a_step(tmp_path, monkeypatch):
     real = bench.shape_of
-    monkeypatch.setattr(
-        bench,
-        "shape_of",
-        lambda name, **changes: (
-            real(name, **changes)
-            ._replace(batch=2)
-            ._replace(model=real(name, **changes).model | {"max_seq_len": 6})
-        ),
-    )
+    monkeypatch.setattr(bench, "shape_of", lambda name, **changes: bench.Shape(
+        2, real(name, **changes).model | {"max_seq_len": 6}))
     cfg, runners = BenchConfig(device="cpu", dtype="fp32", compile="false", steps=1), {}
     folder = bench.write_data(str(tmp_path), 1000)
     for name in ("context512", "scan1"):
@@ -184,7 +177,7 @@ def test_arms_without_attention_take_a_step(tmp_path, monkeypatch):
     assert flops["nn.LSTM: fp32"] == 6 * (4 * 512 * (256 + 512) + 512 * 1000)
 
 
-def test_decoding_counts_what_each_state_keeps():
+def test_decoding_measures_what_each_state_keeps():
     arms = {arm.label: arm for arm in bench.arms_of("decoding", BenchConfig(), {})}
     sizes = {label: bench.LM(bench.ModelConfig(**arm.shape.model)).count_parameters()["total"]
              for label, arm in arms.items()}
@@ -205,11 +198,11 @@ def test_decoding_counts_what_each_state_keeps():
 
 
 def test_attention_reads_in_windows_but_a_token_then_sees_all():
-    """What decode() relies on: the caches hold every key, and one query meets them all."""
+    """decode() relies on this: the caches hold every key, and a single query attends to all of them."""
     shape = bench.shape_of("decoding", config="newllm_transformer", n_layers=1)
     model = bench.LM(bench.ModelConfig(**shape.model)).eval()
     tokens = torch.randint(1000, (1, 400))
-    with torch.no_grad():  # with one layer keys do not depend on what was seen
+    with torch.no_grad():  # in a single layer, keys do not depend on the window
         state = model.init_state()
         model.trunk[0].mixer.window = 256
         model.hidden(tokens[:, :399], state)
@@ -218,7 +211,7 @@ def test_attention_reads_in_windows_but_a_token_then_sees_all():
         assert torch.allclose(logits, model(tokens)[0][:, -1], atol=1e-5)
 
 
-def test_decoding_from_end_to_end_with_an_arm_that_fails(tmp_path, monkeypatch, capsys):
+def test_decoding_end_to_end_with_an_arm_that_fails(tmp_path, monkeypatch, capsys):
     context = bench.shape_of("decoding", d_model=16).model
     learned = {"vocab_size": 100, "max_seq_len": 16, "n_heads": 2}
     monkeypatch.setattr(bench, "arms_of", lambda *_: [
@@ -228,10 +221,8 @@ def test_decoding_from_end_to_end_with_an_arm_that_fails(tmp_path, monkeypatch, 
     row = bench.main(BenchConfig(shapes=("decoding",), lengths=(30,), plot=str(tmp_path / "d.png"),
                                  json=str(out), device="cpu", out_dir=str(tmp_path)))
     result = row["result"]
-    assert (
-        json.loads(out.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
-        and (tmp_path / "d.png").exists()
-    )
+    assert json.loads(out.read_text())["rows"] == json.loads(json.dumps(result["rows"]))
+    assert (tmp_path / "d.png").exists()
     good, bad = result["rows"]
     assert good["state_bytes"] == 1024 and good["peak_gb"] > good["grown_gb"] and not good["error"]
     assert "learned positions end at max_seq_len=16" in bad["error"]
@@ -257,7 +248,7 @@ def test_slopes_table_and_plot(tmp_path):
     assert (tmp_path / "d.png").stat().st_size > 10_000
 
 
-def test_warm_up_goes_on_until_steps_are_steady(monkeypatch):
+def test_warm_up_continues_until_step_times_are_steady(monkeypatch):
     def steps(*seconds):
         times = iter(seconds)
         monkeypatch.setattr(race, "timed", lambda *_: next(times))
@@ -272,7 +263,7 @@ def test_warm_up_goes_on_until_steps_are_steady(monkeypatch):
 
 
 @pytest.mark.parametrize("vocab_size", [512, 8192, 50257])
-def test_data_folder_is_one_that_training_reads(tmp_path, vocab_size):
+def test_training_can_read_the_data_folder(tmp_path, vocab_size):
     folder = bench.write_data(str(tmp_path), vocab_size)
     meta, tok = data.read_meta(folder), tokenizer.load(folder)
     assert tok.vocab_size == vocab_size and tok.fingerprint == meta["tokenizer"]["fingerprint"]
@@ -281,7 +272,7 @@ def test_data_folder_is_one_that_training_reads(tmp_path, vocab_size):
     assert len(data.open_tokens(folder, "val", meta)) > 1
 
 
-def test_shapes_are_those_the_bars_name():
+def test_shapes_are_as_the_docstring_says():
     def of(name):
         shape = bench.shape_of(name)
         keys = ("max_seq_len", "d_model", "n_layers", "n_heads", "vocab_size")
@@ -292,12 +283,13 @@ def test_shapes_are_those_the_bars_name():
     assert of("d256") == (16, 256, 256, 8, 8, 8192) and bench.shape_of("exp7").model["pos"] == "rope"
     assert of("muon") == (16, 512, 192, 9, 3, 8192)
     assert all(bench.shape_of(name).model.get("flash", True) for name in bench.SHAPES)
+    assert ", ".join(bench.USUAL) in help_text(BenchConfig)
     arms = bench.arms_of("local", BenchConfig(), {})
     assert [(a.shape.batch, a.shape.model["max_seq_len"], a.shape.model.get("window", 0)) for a in arms] == [
         (1, 8192, 256), (16, 512, 256), (1, 8192, 0)]
 
 
-def test_who_takes_turns():
+def test_arms_of_each_shape():
     cfg = BenchConfig(peer=("x/nanoGPT/", "transformers"))
     for device, dtype in (("cpu", "bf16"), ("cuda", "fp16")):
         arms = bench.arms_of("exp3", cfg, {"device": device, "dtype": dtype})
@@ -317,14 +309,14 @@ def test_who_takes_turns():
     assert [a.label for a in bench.arms_of("generate", eager, {})] == labels[1:]
 
 
-def test_int8_generates_from_int8(monkeypatch):
+def test_the_int8_arm_generates_with_int8_weights(monkeypatch):
     made = []
     monkeypatch.setattr(bench, "LM", lambda cfg: made.append(LM(cfg)) or made[0])
     runner = bench.generate(BenchConfig(device="cpu"), bench.shape_of("tiny"), "", dtype="int8")
     assert runner.note == "int8" and made[0].head.q.dtype == torch.int8 and runner.measure() > 0
 
 
-def test_refusals_say_what_to_type(tmp_path, monkeypatch):
+def test_errors_say_what_to_type(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"(?s)--peer=.*nowhere.*model.py.*git clone .*nanoGPT"):
         bench.main(BenchConfig(peer=(str(tmp_path / "nowhere"),)))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -332,7 +324,7 @@ def test_refusals_say_what_to_type(tmp_path, monkeypatch):
         bench.main(BenchConfig(peer=("transformers",)))
     with pytest.raises(ConfigError, match="shapes: expected one of exp1, exp2, .*; got 'exp8'"):
         BenchConfig(shapes=("exp8", "tiny"))
-    with pytest.raises(ConfigError, match="plot draws the shape decoding") as other:
+    with pytest.raises(ConfigError, match="plot needs the shape decoding") as other:
         BenchConfig(plot="d.png", lengths=(0,))
     assert "lengths must be at least 1" in str(other.value)
     with pytest.raises(ConfigError) as error:
@@ -340,12 +332,12 @@ def test_refusals_say_what_to_type(tmp_path, monkeypatch):
     assert "rounds must be at least 1" in str(error.value) and "dropout must be in" in str(error.value)
 
 
-def test_a_clock_around_each_piece_leaves_the_rest(tmp_path, monkeypatch):
-    """Time passes only in steps of one per reading of the clock, so the share is a count."""
+def test_overhead_is_the_time_outside_the_clocked_pieces(tmp_path, monkeypatch):
+    """The clock advances by one per reading, so the share can be counted."""
     shape = bench.shape_of("tiny")
     runner = bench.overhead(BenchConfig(device="cpu", dtype="fp32", compile="false", steps=2), shape,
                             bench.write_data(str(tmp_path), 512))
     ticks = itertools.count()
     monkeypatch.setattr(race.time, "perf_counter", lambda: next(ticks))
-    # two steps, three pieces each: 6 ticks inside pieces of the 13 between the first and the last reading
+    # two steps of three pieces: of the 13 ticks between the first and the last reading, 6 are inside pieces
     assert runner.measure() == pytest.approx(100 * (1 - 6 / 13)) and math.isfinite(runner.measure())

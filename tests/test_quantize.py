@@ -1,4 +1,4 @@
-"""quantize.py and common/int8.py against rounding written out in loops, float64, and the float model."""
+"""quantize.py and common/int8.py against rounding in plain loops in float64, and against the float model."""
 import copy
 import os
 import shutil
@@ -25,7 +25,7 @@ import torch.nn as nn
 
 
 def rounded(x):
-    """Each row of x (..., K) to the 255 values that INT8 leaves it, in float64, one number at a time."""
+    """Round each row of x (..., K) to the 255 values of INT8, in float64, one number at a time."""
     out = x.detach().double().clone()
     for row in out.view(-1, out.size(-1)):
         scale = max(map(abs, row.tolist())) / 127
@@ -34,7 +34,7 @@ def rounded(x):
 
 
 def reference(model):
-    """The float model with rounded matrices, and with the input of each product rounded on its way in."""
+    """The float model with rounded matrices, and with the input of each matmul rounded."""
     model, seen = copy.deepcopy(model), set()
     for module in model.modules():
         if type(module) in (Linear, ExpertLinear):
@@ -50,15 +50,15 @@ def distance(a, b) -> float:
 
 
 def median_distance(a, b) -> float:
-    """Over sequences: in a few, a number halfway between two steps falls to the other side."""
+    """Over sequences: in a few of them, a number halfway between two steps is rounded to the other side."""
     return statistics.median(map(distance, a, b))
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rows and products
+# Rows and matmuls
 
 
-def test_rows_are_rounded_one_by_one():
+def test_rows_are_rounded_separately():
     x = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 9, 5)[:, None]
     x[1, 2] = 0
     q, scale = int8.quantize_rows(x)
@@ -69,17 +69,17 @@ def test_rows_are_rounded_one_by_one():
 
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_product_is_that_of_what_was_rounded(rows, bias, monkeypatch):
+def test_a_linear_layer_multiplies_the_rounded_numbers_exactly(rows, bias, monkeypatch):
     torch.manual_seed(0)
     layer, x = nn.Linear(64, 48, bias=bias), torch.randn(2, rows, 64)
     exact = rounded(x) @ rounded(layer.weight).T + (layer.bias.double() if bias else 0)  # (2, N, M)
     ours = int8.swap(nn.Sequential(layer), {nn.Linear: int8.Int8Linear})
     fast = ours(x)
     torch.testing.assert_close(fast.double(), exact, rtol=1e-5, atol=1e-6)
-    assert torch.equal(fast[1, -1:], ours(x[1, -1:])), "a row depends on its batch"
+    assert torch.equal(fast[1, -1:], ours(x[1, -1:])), "a row depends on the rest of its batch"
     assert distance(exact.float(), x @ layer.weight.T + (layer.bias if bias else 0)) > 1e-3
-    monkeypatch.setattr(int8, "HAS_PRODUCT", False)
-    assert torch.equal(ours(x), fast), "the portable product differs"
+    monkeypatch.setattr(int8, "HAS_INT_MM", False)
+    assert torch.equal(ours(x), fast), "the portable matmul differs"
     assert ours.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16 and ours[0].q.dtype == torch.int8
 
 
@@ -113,7 +113,7 @@ def test_every_kind_of_model(options):
         assert median_distance(y, expected(x)[0]) < 1e-5 < 2e-3 < median_distance(y, model(x)[0]) < 0.1
         steps = [ours(x[:, t:t + 1], state=state)[0] for t in range(x.size(1))]
         assert median_distance(torch.cat(steps, 1), y) < 1e-5
-    # every matrix in one byte a number, once
+    # every matrix is stored once, with one byte per number
     stored = {t.untyped_storage().data_ptr(): t for t in ours.state_dict().values()}.values()
     assert sum(t.numel() for t in stored if t.dtype == torch.int8) == sum(p.numel() for p in matrices)
     assert sum(p.dtype == torch.int8 for p in ours.parameters()) == len(matrices)
@@ -129,7 +129,7 @@ def test_every_kind_of_recurrence(options):
     with torch.no_grad():
         y = ours(x)[0]
         steps = {}
-        for name, m in (("ours", ours), ("expected", expected)):  # token by token, all products are modules'
+        for name, m in (("ours", ours), ("expected", expected)):  # token by token, every matmul is a module's
             state = m.init_state()
             steps[name] = torch.cat([m(x[:, t:t + 1], state=state)[0] for t in range(x.size(1))], 1)
         assert median_distance(steps["ours"], y) < 1e-5
@@ -139,21 +139,21 @@ def test_every_kind_of_recurrence(options):
                for name, p in ours.named_parameters() if p.dtype != torch.int8)
 
 
-def test_rows_of_a_batch_go_on_as_they_would_alone():
+def test_each_row_of_a_batch_continues_as_it_would_alone():
     model = to_int8(tiny(**VARIANTS["combined"], max_seq_len=48))
     prompts = [tokens(1, n, seed=n)[0] for n in (9, 2, 5)]
     alone = [joined(model, p[None], 12, temperature=0) for p in prompts]
     assert torch.equal(joined(model, prompts, 12, temperature=0), torch.cat(alone))
 
 
-def test_the_compiled_step_makes_the_same_tokens():
+def test_the_compiled_step_generates_the_same_tokens():
     model = to_int8(tiny(n_layers=1, n_experts=3, embed_rank=6))
     torch._dynamo.reset()
     assert torch.equal(joined(model, tokens(1, 3), 15, temperature=0, compile=True),
                        joined(model, tokens(1, 3), 15, temperature=0))
 
 
-def test_it_is_not_for_training():
+def test_an_int8_model_cannot_be_trained():
     model = to_int8(tiny())
     with pytest.raises(UserError, match="INT8 weights cannot be trained"):
         model.train()
@@ -165,7 +165,7 @@ def test_it_is_not_for_training():
 
 @pytest.fixture(scope="module")
 def trained(bpe_corpus, tmp_path_factory):
-    """A folder to copy, and the run's summary."""
+    """A run folder, to be copied, and the run's summary."""
     out = str(tmp_path_factory.mktemp("out"))
     summary = train.main(train.TrainConfig(
         data=bpe_corpus, out_dir=out, name="run", device="cpu", dtype="fp32", d_model=64, n_layers=2,
@@ -178,16 +178,16 @@ def quantized(trained, tmp_path, **options):
     return str(folder), quantize.main(QuantizeConfig(checkpoint=str(folder), device="cpu", **options))
 
 
-def test_from_a_run_to_text(trained, tmp_path, capsys):
+def test_end_to_end(trained, tmp_path, capsys):
     folder, result = quantized(trained, tmp_path, speed_tokens=4)
     text, path = capsys.readouterr().out, f"{folder}/int8.pt"
     summary, (fp32, ours) = trained[1], (result["result"][key] for key in ("fp32", "int8"))
     assert fp32["loss"] == pytest.approx(summary["result"]["loss"], rel=1e-5)
     assert fp32["bits_per_byte"] == pytest.approx(summary["result"]["bits_per_byte"], rel=1e-5)
-    assert summary["result"]["perplexity"] < 150, "it has learned something, of 400 tokens"
+    assert summary["result"]["perplexity"] < 150, "little was learned: guessing among the 400 tokens has 400"
     assert fp32["perplexity"] != ours["perplexity"] == pytest.approx(fp32["perplexity"], rel=0.01)
     assert fp32["weight_bytes"] == 4 * summary["counts"]["parameters"]
-    assert ours["weight_bytes"] < 0.3 * fp32["weight_bytes"]  # biases and scales show in a model so small
+    assert ours["weight_bytes"] < 0.3 * fp32["weight_bytes"]  # biases and scales count in such a small model
     assert ours["weight_bytes"] < os.path.getsize(path) == ours["file_bytes"] < ours["weight_bytes"] + 2e4
     assert min(r["tokens_per_second"] for r in (fp32, ours)) > 0
     floats = sum(p.numel() for p in load_model(folder)[0].parameters() if p.dim() == 1)
@@ -202,12 +202,12 @@ def test_from_a_run_to_text(trained, tmp_path, capsys):
     assert all(torch.equal(t, state[k]) for k, t in load_model(path)[0].state_dict().items())
 
 
-def test_what_is_refused(trained, tmp_path, corpus):
+def test_errors(trained, tmp_path, corpus):
     folder, _ = quantized(trained, tmp_path, speed_tokens=0)
     path = f"{folder}/int8.pt"
-    with pytest.raises(UserError, match="int8.pt is there already; replace it with --overwrite"):
+    with pytest.raises(UserError, match="int8.pt already exists; replace it with --overwrite"):
         quantize.main(QuantizeConfig(checkpoint=folder, device="cpu"))
-    with pytest.raises(UserError, match="int8.pt is in INT8 already, made from .*best.pt"):
+    with pytest.raises(UserError, match="int8.pt is already in INT8, made from .*best.pt"):
         quantize.main(QuantizeConfig(checkpoint=path, device="cpu"))
     with pytest.raises(UserError, match=r"trained with the tokenizer bpe:400 .*but .* tokenised with bytes"):
         quantize.main(QuantizeConfig(checkpoint=f"{folder}/best.pt", data=corpus, device="cpu"))
@@ -228,11 +228,11 @@ def test_what_is_refused(trained, tmp_path, corpus):
     saved = checkpoint.load(f"{folder}/best.pt")
     saved["model"]["head.bias"][0] = float("nan")
     checkpoint.save(f"{folder}/best.pt", saved)
-    with pytest.raises(UserError, match="best.pt holds values that are not finite, in head.bias"):
+    with pytest.raises(UserError, match="best.pt contains values that are not finite, in head.bias"):
         quantize.main(QuantizeConfig(checkpoint=folder, device="cpu", overwrite=True))
 
 
-def test_a_run_that_starts_anew_leaves_no_file_of_the_old_one(trained, tmp_path):
+def test_overwriting_a_run_removes_its_int8_file(trained, tmp_path):
     folder, _ = quantized(trained, tmp_path, speed_tokens=0)
     train.main(train.TrainConfig(**{**trained[1]["config"], "out_dir": str(tmp_path), "max_steps": 1,
                                     "overwrite": True}))

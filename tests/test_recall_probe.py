@@ -1,4 +1,4 @@
-"""recall_probe.py: its sequences against brute force, its choices by hand, a small real experiment."""
+"""recall_probe.py: its sequences against brute force, its choice of rate, a small real experiment."""
 import dataclasses
 import itertools
 import json
@@ -42,7 +42,7 @@ def test_every_query_asks_for_the_value_that_followed_its_key(n_pairs, seq_len, 
             if tokens[t] == 0:  # filler
                 assert targets[t] == -1 and distances[t] == 0
             else:
-                place = tokens.index(tokens[t])  # of its pair; so no value, which would give an answer away
+                place = tokens.index(tokens[t])  # of its pair: not a value, which would leak an answer
                 assert place % 2 == 0 and place < 2 * n_pairs
                 assert targets[t] == tokens[place + 1] and distances[t] == t - place
                 asked.append(tokens[t])
@@ -52,8 +52,8 @@ def test_every_query_asks_for_the_value_that_followed_its_key(n_pairs, seq_len, 
 
 
 @pytest.mark.parametrize("power", [0.01, 0.6])
-def test_gaps_follow_the_power_law(power):
-    """Two places drawn one after the other without putting back, and any pair at any of them."""
+def test_distances_follow_the_power_law(power):
+    """Two places are drawn without replacement, and each asks for either pair with equal probability."""
     cfg = RecallConfig(pairs=(2,), seq_len=12, gap_power=power)
     p = np.arange(1, 9) ** (power - 1)
     p /= p.sum()
@@ -66,7 +66,7 @@ def test_gaps_follow_the_power_law(power):
     assert np.allclose(first_pair.float().mean(dim=0), np.array(expected) / 2, atol=4 * 0.5 / n ** 0.5)
 
 
-def test_batches_are_a_function_of_seed_and_step():
+def test_batches_depend_only_on_seed_and_step():
     cfg = RecallConfig()
     again = training_batch(dataclasses.replace(cfg, sizes=(8,), mixers=("lstm",), lrs=(1.0,), seeds=9), 3, 7)
     assert all(torch.equal(a, b) for a, b in zip(training_batch(cfg, 3, 7), again, strict=True))
@@ -83,7 +83,7 @@ def test_batches_are_a_function_of_seed_and_step():
 
 
 def oracle(cfg, reach: int):
-    """Knows every answer up to `reach` tokens back, and says filler beyond."""
+    """Knows every answer up to `reach` tokens back, and predicts filler beyond."""
     def hidden(tokens):
         answers = torch.zeros_like(tokens)
         for b, t in itertools.product(*map(range, tokens.shape)):
@@ -125,7 +125,7 @@ def test_state_is_counted_at_the_length_of_a_sequence():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Two seeds of attention, interrupted in the first, gone on with."""
+    """Two seeds of attention, stopped during the second and resumed."""
     cfg = RecallConfig(**SMALL, seeds=2, out_dir=str(tmp_path_factory.mktemp("recall")))
     with pytest.MonkeyPatch.context() as patch:
         def batch(cfg, seed, step):
@@ -145,7 +145,7 @@ def test_attention_learns_to_recall(finished):
     assert [r["seed"] for r in rows] == [1, 2]
     for row in rows:
         assert row["solved"] and row["steps"] < cfg.steps
-        assert row["test"]["2"]["accuracy"] > 0.9  # 0.5 guessing among the two values
+        assert row["test"]["2"]["accuracy"] > 0.9  # guessing among the two values: 0.5
     assert all(r["curve"][-1][0] == r["steps"] for r in read_rows(f"{folder}/results.jsonl"))
     assert os.path.getsize(f"{folder}/recall.png") > 5000
     text = open(f"{folder}/table.md").read()
@@ -163,7 +163,7 @@ def test_the_same_command_trains_only_what_is_missing(finished, monkeypatch):
         return rows[0] | {"mixer": mixer, "size": size, "lr": lr, "seed": seed}
 
     monkeypatch.setattr(recall_probe, "train", train)
-    same = json.loads(json.dumps(result["result"]["arms"]))  # whose tuples are lists in the file
+    same = json.loads(json.dumps(result["result"]["arms"]))  # the file has lists for tuples
     again = recall_probe.main(cfg)
     assert again["result"]["arms"] == same and again["run_id"] == result["run_id"] and not trained
     assert len(read_rows(f"{cfg.out_dir}/ledger.jsonl")) == 1
@@ -173,10 +173,10 @@ def test_the_same_command_trains_only_what_is_missing(finished, monkeypatch):
     open(f"{folder}/results.jsonl", "w").write(lines)
 
 
-def test_an_interrupted_run_ends_as_another_would(finished):
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(finished):
     cfg, _, result = finished
-    dist, going = Dist(0, 1, torch.device("cpu")), types.SimpleNamespace(requested=False)
-    again = recall_probe.train(cfg, "attention", 32, 2e-2, 2, dist, going)
+    dist, stop = Dist(0, 1, torch.device("cpu")), types.SimpleNamespace(requested=False)
+    again = recall_probe.train(cfg, "attention", 32, 2e-2, 2, dist, stop)
     row = read_rows(f"{cfg.out_dir}/{cfg.name}/results.jsonl")[1]
     assert all(again[key] == row[key] for key in ("steps", "validation", "curve", "solved"))
     assert again["test"]["2"]["accuracy"] == row["test"]["2"]["accuracy"]
@@ -201,22 +201,18 @@ def test_the_rate_is_chosen_on_the_first_seed():
     assert after(1e-3, 5, 0.6) == ([], (1e-2, 5))
     assert after(1e-2, 5, 0.5) == ([5], (1e-3, 6))
     assert after(1e-3, 6, 0.1) == ([5, 6], None)
-    assert after(3e-3, 5, 0.999, solved=True) == ([5], (3e-3, 6))  # then others need not be tried
+    assert after(3e-3, 5, 0.999, solved=True) == ([5], (3e-3, 6))  # then the others need not be tried
 
 
-def test_mistakes_are_reported_at_once():
+def test_all_mistakes_are_reported_together():
     with pytest.raises(ConfigError) as error:
         load(RecallConfig, ["--mixers=attention,lstn", "--pairs=3,4,20", "--vocab-size=40", "--seq-len=50",
                             "--sizes=", "--steps=0"])
     for expected in (
-        "flag --mixers: expected one of attention, window, lstm, scan, gated; got 'lstn'; did you",
-        "steps must be at least 1, got 0",
-        "pairs=20 needs 20 keys, but vocab_size=40 has 19; use --vocab_size=42",
-        "pairs=20 takes 2 * 20 tokens and 20 queries",
-        "use --seq_len=60",
-        "batch_size=64 does not divide by the 3 numbers",
-        "sizes needs at least one number",
-    ):
+            "flag --mixers: expected one of attention, window, lstm, scan, gated; got 'lstn'; did you",
+            "steps must be at least 1, got 0", "pairs=20 takes 2 * 20 tokens and 20 queries",
+            "pairs=20 needs 20 keys, but vocab_size=40 has 19; use --vocab_size=42", "use --seq_len=60",
+            "batch_size=64 is not a multiple of 3", "sizes needs at least one number"):
         assert expected in str(error.value), expected
     with pytest.raises(ConfigError, match="attention of size 15: pos=rope rotates pairs"):
         RecallConfig(sizes=(15,))
@@ -224,13 +220,11 @@ def test_mistakes_are_reported_at_once():
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     cfg = RecallConfig(**SMALL | {"lrs": (1e30,), "steps": 10}, out_dir=str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"attention of size 32, lr 1e\+30, step \d+: loss nan, .*; leave this"
-    ):
+    with pytest.raises(UserError, match=r"attention of size 32, lr 1e\+30, step \d+: loss nan, .*; remove"):
         recall_probe.main(cfg)
 
 
-def test_dry_run_says_what_is_left(finished, capsys):
+def test_dry_run_shows_what_is_left(finished, capsys):
     cfg, folder, _ = finished
     before = os.listdir(folder)
     recall_probe.main(dataclasses.replace(cfg, sizes=(32, 16), dry_run=True))
