@@ -1,22 +1,20 @@
 """Sweeps and ablations: a script over arms and seeds, each arm compared with the config as it is.
 
-    python sweep.py config/demo.py --grid=lr=1e-3,3e-3,1e-2 --seeds=3          # every value
+    python sweep.py config/demo.py --grid=lr=1e-3,3e-3,1e-2 --seeds=3          # values of one option
     python sweep.py config/demo.py --grid=lr=1e-3,3e-3 --grid=d_ff=256,384     # every combination
     python sweep.py config/demo.py --arm=activation=gelu --arm="optimizer=sgd lr=0.1" --arm=dropout=0.1
     python sweep.py config/mini3.py --max_steps=500 --arm="config/mini7.py max_steps=500"  # a whole config
-    python sweep.py config/demo.py --arm=qk_norm --jobs=2 --dry_run            # the runs and their state
+    python sweep.py config/demo.py --arm=qk_norm --jobs=2 --dry_run            # what it would run
 
-Every option of the script (train.py, or --script) is one here too and holds for all runs. An arm is options
-on top of those, or a config file, whose options win: what each arm changes is listed before it runs. The arm
-`base` changes nothing and always runs; a grid's value that the config has is base. A run is a process of its
-own, `python train.py out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`, where the .py file holds the arm's
-configuration. With the same seed all arms see the same data in the same order, so differences are taken seed
-by seed.
+Every option of the script (train.py, or --script) works here and holds for all runs. An arm is options on top
+of those, or a config file, whose options win; what each arm changes is printed first. The arm `base` changes
+nothing and always runs; a grid point that changes nothing is base. Each run is a process of its own,
+`python train.py out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`, where ARM.py holds the arm's config. With
+the same seed, all arms see the same data in the same order, so differences are taken seed by seed.
 
-The same command continues after Ctrl-C or SIGTERM, which the runs get too and save (kill -9 leaves those of
-the moment running). Runs that ended are read, half-done ones continued, those with other settings refused;
-further arms and more seeds reuse what there is. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png and
-the logs.
+Ctrl-C and SIGTERM make the running runs save and stop (kill -9 leaves them running). The same command
+continues: it reads finished runs, continues unfinished ones and refuses runs with other settings. Arms and
+seeds can be added later. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png and the logs.
 """
 import importlib
 import itertools
@@ -36,7 +34,7 @@ from common.config import Config, ConfigError, UserError, launch, load
 from common.console import resume_command, say
 from common.distributed import Dist
 from common.files import make_folder, write_text
-from common.run import RunConfig, append_to_ledger, digest, finite, ledger_row, read_ledger
+from common.run import RunConfig, append_to_ledger, differences_to, digest, finite, ledger_row, read_ledger
 from common.stats import holm, paired_difference
 from common.stop import StopRequest
 from common.tables import grid, new_figure, save_figure
@@ -48,37 +46,39 @@ from tqdm import tqdm
 # Config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-OF_THE_SWEEP = ("name", "out_dir", "seed", "overwrite", "dry_run", "max_minutes")  # not an arm's to set
+OF_THE_SWEEP = ("name", "out_dir", "seed", "overwrite", "dry_run", "max_minutes")  # no arm may set these
 
 
 @dataclass
 class SweepOptions(Config):
-    SCRIPT_CONFIG: ClassVar[type]  # of the script that is swept
+    SCRIPT_CONFIG: ClassVar[type]  # the config class of the script to run
     # sweep
-    script: str = "train"  # whose options these are and which is run: any script that saves runs
-    grid: tuple[str, ...] = ()  # OPTION=VALUE,VALUE,...: an arm per value; repeated: per combination
-    arm: tuple[str, ...] = ()  # "OPTION=VALUE ..." or a config file: one arm; may be repeated
-    seeds: int = 3  # runs per arm: seed, seed + 1, ...
-    jobs: int = 1  # runs at the same time; they share cores, memory (set micro_batch_size) and GPUs
-    metric: str = "loss"  # what is compared: loss, bits_per_byte or another number in the runs' results
+    script: str = "train"  # the script to run, which has the other options
+    grid: tuple[str, ...] = ()  # OPTION=VALUE,VALUE,...: an arm per value; repeat it for all combinations
+    arm: tuple[str, ...] = ()  # one arm: "OPTION=VALUE ..." or a config file; repeat it for more
+    seeds: int = 3  # runs per arm, with seeds seed, seed + 1, ...
+    jobs: int = 1  # runs at a time; they share cores, memory (set micro_batch_size) and GPUs
+    metric: str = "loss"  # the result to compare: loss, bits_per_byte or another number that runs report
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "seeds", "jobs")
+        if self.script != self.SCRIPT_CONFIG.__module__:
+            out.append(f"script must be given as the flag --script={self.script}, with '='")
         if getattr(self, "max_minutes", 0):
             out.append("max_minutes would end runs halfway; use --max_steps or --epochs")
         return out or make_arms(self)[1]
 
 
 def sweep_config(script: str) -> type:
-    """The options of a sweep of `script`: its own and SweepOptions."""
+    """The config class of a sweep of `script`: SweepOptions and the script's own options."""
     if not re.fullmatch(r"\w+", script) or not os.path.exists(os.path.join(HERE, f"{script}.py")):
         raise UserError(f"no script '{script}.py' to sweep; use --script=train")
-    found = [c for c in vars(importlib.import_module(script)).values()
-             if isinstance(c, type) and issubclass(c, RunConfig) and c.__module__ == script]
-    if not found:
-        raise UserError(f"{script}.py saves no runs to sweep over; use --script=train")
-    return dataclass(type("SweepConfig", (SweepOptions, found[0]), {
-        "SCRIPT_CONFIG": found[0], "__module__": __name__}))
+    own = next((c for c in vars(importlib.import_module(script)).values() if isinstance(c, type)
+                and issubclass(c, RunConfig) and c.__module__ == script and hasattr(c, "resolved")), None)
+    if not own or script == "sweep":
+        raise UserError(f"{script}.py makes no runs that can be compared; use --script=train")
+    return dataclass(type("SweepConfig", (SweepOptions, own), {
+        "SCRIPT_CONFIG": own, "__module__": __name__}))
 
 
 SweepConfig = sweep_config("train")
@@ -89,31 +89,30 @@ SweepConfig = sweep_config("train")
 
 @dataclass
 class Arm:
-    name: str  # in folder names
-    text: str  # as it was typed
+    name: str  # in file and folder names
+    text: str  # as typed
     cfg: RunConfig
-    changes: list[str]  # "option: base's value -> this arm's"
+    changes: list[str]  # "option: value in base -> value here"
 
 
 @dataclass
 class Run:
     arm: Arm
     seed: int
-    name: str  # its folder in out_dir
+    name: str  # of its folder in out_dir
     row: dict | None = None  # its line in the ledger, once it has ended
     error: str = ""
 
 
 def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
-    """Base and the arms, and all that is wrong with them. A grid's value that the config has is base."""
+    """The arms, base first, and what is wrong with them. A grid point that changes nothing is base."""
     kind = cfg.SCRIPT_CONFIG
     base = {f.name: getattr(cfg, f.name) for f in fields(kind)}
     axes = [(key, values.split(",")) for key, _, values in (text.partition("=") for text in cfg.grid)]
     points = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes))
-    texts = [" ".join(point) for point in points if point] + list(cfg.arm)
     text = " ".join(["base", *(f"{key}={base.get(key.replace('-', '_'))}" for key, _ in axes)])
     arms, problems = [Arm("base", text, kind(**base), [])], []
-    for text in texts:
+    for text in [*filter(None, map(" ".join, points)), *cfg.arm]:
         words = text.split()
         try:
             arm = load(kind, [w if w.endswith(".py") else f"--{w}" for w in words], base)
@@ -127,7 +126,7 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
         if own:
             problems.append(f"arm '{text}': only the whole sweep can set {', '.join(own)}")
         elif not changes and text in cfg.arm:
-            problems.append(f"arm '{text}' changes nothing: the config says so already")
+            problems.append(f"arm '{text}' changes nothing: the config has these values already")
         elif name in [a.name for a in arms]:
             problems.append(f"arm '{text}': there is another arm '{name}'")
         elif changes:
@@ -138,24 +137,22 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
 
 
 def look_up(run: Run, out_dir: str) -> list[str]:
-    """Set run.row if the run has ended. Returns in what a run of that name differs from what it should be:
-    settings (dtype too, which train.py lets a continued run change) and training tokens."""
+    """Set run.row if the run has ended. Returns how a run in its folder differs from it: in training tokens
+    or settings (dtype too, although a continued run of train.py may change it)."""
     path = os.path.join(out_dir, run.name, "last.pt")
     if not os.path.exists(path):
         return []
     saved = checkpoint.load(path, keys=("progress", "config", "data_sha256"))
     cfg, meta = replace(run.arm.cfg, seed=run.seed), data.read_meta(run.arm.cfg.data)
-    differences = cfg.resolved(meta).differences(saved["config"], cfg.may_change() - {"dtype"})
-    if saved["data_sha256"] != meta["splits"]["train"]["sha256"]:
-        differences.append(f"data: the training tokens in {cfg.data} are not those it began with")
+    sha256, free = meta["splits"]["train"]["sha256"], cfg.may_change() - {"dtype"}
+    differences = differences_to(saved, cfg.resolved(meta), sha256, free)
     if not differences and saved["progress"]["ended"]:
-        rows = read_ledger(out_dir)
-        run.row = next((r for r in rows if r["run_id"] == saved["progress"]["run_id"]), None)
+        run.row = next((r for r in read_ledger(out_dir) if r["run_id"] == saved["progress"]["run_id"]), None)
     return differences
 
 
 def write_arm(arm: Arm, folder: str) -> None:
-    """The arm's configuration as a config file: all that is not the script's default."""
+    """Write the arm as a config file of all options that differ from the script's defaults."""
     lines = [f"# Written by sweep.py: {arm.text}"]
     lines += [f"{f.name} = {getattr(arm.cfg, f.name)!r}" for f in fields(arm.cfg)
               if f.name not in ("name", "seed", "overwrite") and getattr(arm.cfg, f.name) != f.default]
@@ -167,7 +164,7 @@ def write_arm(arm: Arm, folder: str) -> None:
 
 
 def start(cfg: SweepConfig, run: Run, folder: str, slot: int) -> subprocess.Popen:
-    """The script in a session of its own: the terminal's Ctrl-C reaches it once, through us."""
+    """Start a run in a session of its own: Ctrl-C in the terminal must reach it once, through the sweep."""
     script, config = os.path.join(HERE, f"{cfg.script}.py"), os.path.join(folder, f"{run.arm.name}.py")
     command = [sys.executable, script, config, f"--seed={run.seed}", f"--name={run.name}",
                *["--overwrite"] * cfg.overwrite]
@@ -209,6 +206,7 @@ def run_all(cfg: SweepConfig, runs: list[Run], folder: str, stop: StopRequest) -
 
 
 def settle(cfg: SweepConfig, run: Run, folder: str, stopping: bool) -> None:
+    """Read the result of a process that has exited, or why there is none."""
     look_up(run, cfg.out_dir)
     if run.row:
         score = score_of(run.row, cfg.metric)
@@ -227,14 +225,14 @@ def settle(cfg: SweepConfig, run: Run, folder: str, stopping: bool) -> None:
 def score_of(row: dict, metric: str) -> float:
     if not isinstance(row["result"].get(metric), (int, float)):
         known = ", ".join(k for k, v in row["result"].items() if isinstance(v, (int, float)) and k != "step")
-        raise UserError(f"metric={metric} is no result of {row['script']}.py; there are {known}\n"
-                        "all runs are kept: give the same command with another --metric")
+        raise UserError(f"metric={metric} is not a result of {row['script']}.py, which has {known}\n"
+                        "all runs are kept: repeat the command with another --metric")
     return row["result"][metric]
 
 
 def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
-    """A row per arm: results by seed, and the difference to base over the seeds that both have. What cannot
-    be said is nan."""
+    """A row per arm: scores by seed, and the difference to base over the seeds that both have. Unknown
+    numbers are nan."""
     results = []
     for arm in arms:
         rows = {r.seed: r.row for r in runs if r.arm is arm and r.row}
@@ -242,13 +240,14 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
         base = results[0]["scores"] if results else {}
         seeds = [s for s in scores if s in base]
         effect = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds])
-        means = {key: statistics.fmean(row["counts"].get(key, math.nan) for row in rows.values()) if rows
-                 else math.nan for key in ("parameters", "tokens")}
-        seconds = statistics.fmean(row["seconds"] for row in rows.values()) if rows else math.nan
+        counts = [row["counts"] for row in rows.values()] or [{}]
+        means = {key: statistics.fmean(c.get(key, math.nan) for c in counts)
+                 for key in ("parameters", "tokens")}
+        seconds = statistics.fmean([row["seconds"] for row in rows.values()] or [math.nan])
         results.append({
             "arm": arm.text, "changes": arm.changes, **means, "seconds": seconds,
             "tokens_per_second": means["tokens"] / max(seconds, 1e-9), "metric": cfg.metric, "scores": scores,
-            "mean": statistics.fmean(scores.values()) if scores else math.nan,
+            "mean": statistics.fmean(scores.values() or [math.nan]),
             "sd": statistics.stdev(scores.values()) if len(scores) > 1 else math.nan,
             "differences": {s: scores[s] - base[s] for s in seeds}, "difference": effect.mean,
             "low": effect.low, "high": effect.high, "p": effect.p,
@@ -278,48 +277,45 @@ def notes(cfg: SweepConfig, results: list[dict], runs: list[Run]) -> list[str]:
     out = [f"{unit}, best evaluation of the validation split; sd over seeds; runs at a time: {cfg.jobs}"]
     halves = [(r["high"] - r["low"]) / 2 for r in results if math.isfinite(r["p"])]
     if halves:
-        out += ["difference: arm - base over equal seeds, of a loss negative = better; t interval and paired "
-                "t-test; "
-                f"p (Holm) is adjusted for the number of arms, {len(halves)}",
-                f"{cfg.seeds} seeds show differences from about {statistics.median(halves):.4f} on (median "
-                "half-width of the intervals); smaller ones may be there and are not seen"]
+        out += ["difference: arm - base, seed by seed (negative is better for a loss), with t interval and "
+                f"paired t-test; p (Holm) is adjusted for the number of arms, {len(halves)}",
+                f"{cfg.seeds} seeds can show differences of about {statistics.median(halves):.4f} or more "
+                "(median half-width of the intervals); smaller ones may exist"]
     elif len(results) > 1:
-        out.append("one seed says nothing: a difference may be the seed's; use --seeds=3 or more")
+        out.append("one seed shows nothing: the difference may be due to the seed; use --seeds=3 or more")
     if len(tokens := {r["tokens"] for r in results if r["scores"]}) > 1:
-        out.append(f"the arms did not train on equally many tokens: {min(tokens):,.0f} to {max(tokens):,.0f}")
+        out.append(f"the arms trained on unequal numbers of tokens: {min(tokens):,.0f} to {max(tokens):,.0f}")
     if len(commits := sorted({commit for r in results for commit in r["commits"]})) > 1:
         out.append(f"the runs come from different versions of the code: {', '.join(commits)}")
     return out + [f"{r.name} failed: {r.error}" for r in runs if r.error]
 
 
 def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> None:
-    """Score against value for a grid over one number, else the differences to base with their intervals."""
+    """Plot score against value for a grid over one number, else each difference to base with its interval."""
     key = cfg.grid[0].split("=")[0].replace("-", "_") if len(cfg.grid) == 1 and not cfg.arm else ""
     curve = key and type(getattr(cfg, key)) in (int, float)
     done = [(a, r) for a, r in zip(arms, results, strict=True) if r["scores" if curve else "differences"]]
-    figure = new_figure(7, 4.2 if curve else 1.4 + 0.4 * len(done))
-    axes = figure.subplots()
-    dots = {"linestyle": "", "marker": "o", "color": "C1", "markersize": 4, "alpha": 0.7}
+    axes = new_figure(7, 4.2 if curve else 1.4 + 0.4 * len(done)).subplots()
     if curve:
         done.sort(key=lambda pair: getattr(pair[0].cfg, key))
         xs = [getattr(a.cfg, key) for a, _ in done]
         axes.plot(xs, [r["mean"] for _, r in done], color="C0")
-        for x, (_, r) in zip(xs, done, strict=True):
-            axes.plot([x] * len(r["scores"]), list(r["scores"].values()), **dots)
+        dots = [(x, score) for x, (_, r) in zip(xs, done, strict=True) for score in r["scores"].values()]
         if min(xs) > 0 and xs[-1] > 10 * xs[0]:
             axes.set_xscale("log")
-        axes.set(xlabel=key, ylabel=f"best validation {cfg.metric}; line: mean, dots: seeds", title=cfg.name)
+        axes.set(xlabel=key, ylabel=f"best validation {cfg.metric}; line: mean, dots: seeds")
     else:
-        for y, (_, r) in enumerate(done):
-            axes.plot(list(r["differences"].values()), [y] * len(r["differences"]), **dots)
-            half = r["high"] - r["difference"] if math.isfinite(r["high"]) else 0
-            axes.errorbar(r["difference"], y, xerr=half, fmt="|", color="C0", markersize=12)
+        dots = [(d, y) for y, (_, r) in enumerate(done) for d in r["differences"].values()]
+        halves = [r["high"] - r["difference"] if math.isfinite(r["high"]) else 0 for _, r in done]
+        axes.errorbar([r["difference"] for _, r in done], range(len(done)), xerr=halves, fmt="|", color="C0",
+                      markersize=12)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(done)), [a.text for a, _ in done])
-        axes.set_ylim(len(done) - 0.5, -0.5)  # the first on top
-        axes.set(xlabel=f"{cfg.metric}, difference to base with 95 % interval", title=cfg.name)
+        axes.set(xlabel=f"{cfg.metric}, difference to base with 95 % interval", ylim=(len(done) - 0.5, -0.5))
+    axes.plot(*zip(*dots, strict=True), "o", color="C1", markersize=4, alpha=0.7)
+    axes.set_title(cfg.name)
     axes.grid(alpha=0.3)
-    save_figure(figure, path)
+    save_figure(axes.figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -327,19 +323,18 @@ def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> N
 
 
 def main(cfg: SweepConfig) -> dict:
-    """Run, or go on with, the sweep. Returns its state and the table's rows; UserError names failed runs."""
+    """Run or continue the sweep and return its ledger row. UserError lists the runs that failed."""
     arms, folder = make_arms(cfg)[0], os.path.join(cfg.out_dir, f"{cfg.name}_sweep")
-    runs = [Run(arm, seed, f"{cfg.name}_{arm.name}_s{seed}")  # seed by seed: whatever there is compares
+    runs = [Run(arm, seed, f"{cfg.name}_{arm.name}_s{seed}")  # seed by seed: what is done can be compared
             for seed in range(cfg.seed, cfg.seed + cfg.seeds) for arm in arms]
-    stale = [] if cfg.overwrite else [f"{r.name}: {d}" for r in runs for d in look_up(r, cfg.out_dir)]
+    stale = [] if cfg.overwrite else [f"\n  {r.name}: {d}" for r in runs for d in look_up(r, cfg.out_dir)]
     if stale:
-        raise UserError(f"{cfg.out_dir} holds runs of these names with other settings (there -> here)\n  "
-                        + "\n  ".join(stale)
-                        + "\nnothing was run; use another --name, or throw them away with --overwrite")
+        raise UserError(f"{cfg.out_dir} holds runs of these names with other settings (there -> here)"
+                        f"{''.join(stale)}\nnothing was run; use another --name, or delete them: --overwrite")
     for arm in arms:
         say(f"{arm.text:<30} {', '.join(arm.changes)}".rstrip())
     todo = [r.name for r in runs if not r.row]
-    say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {len(runs) - len(todo)} of them done; "
+    say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {len(runs) - len(todo)} already done; "
         f"{cfg.jobs} at a time, output in {folder}")
     if cfg.dry_run:
         return {"status": "planned", "runs": todo}
@@ -358,17 +353,16 @@ def report(cfg: SweepConfig, arms: list[Arm], runs: list[Run], folder: str) -> d
     results = compare(cfg, arms, runs)
     text = f"{table(cfg, results)}\n\n" + "".join(f"- {note}\n" for note in notes(cfg, results, runs))
     write_text(os.path.join(folder, "table.md"), f"    {resume_command()}\n\n{text}")
-    rows = finite(results)
-    write_text(os.path.join(folder, "results.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    rows = "".join(json.dumps(row) + "\n" for row in finite(results))
+    write_text(os.path.join(folder, "results.jsonl"), rows)
     if any(r["differences"] for r in results):
         draw(cfg, arms, results, os.path.join(folder, "sweep.png"))
     say(f"\n{text}in {folder}: table.md, results.jsonl, sweep.png")
     if failed := "".join(f"\n  {r.name}: {r.error}" for r in runs if r.error):
-        raise UserError(f"runs failed; the same command tries them again{failed}")
+        raise UserError(f"these runs failed; the same command tries them again{failed}")
     done = [r.row for r in runs]
-    counts = {"arms": len(arms), "runs": len(runs)}
-    row = ledger_row("sweep", cfg, Dist(0, 1, torch.device("cpu")), counts=counts,
-                     result={"arms": results}, seconds=sum(r["seconds"] for r in done), dtype=cfg.dtype,
+    row = ledger_row("sweep", cfg, Dist(0, 1, torch.device("cpu")), result={"arms": results}, dtype=cfg.dtype,
+                     counts={"arms": len(arms), "runs": len(runs)}, seconds=sum(r["seconds"] for r in done),
                      run_id=digest([cfg.metric, *(r["run_id"] for r in done)]))
     row["hardware"] = done[0]["hardware"]
     append_to_ledger(cfg.out_dir, row)

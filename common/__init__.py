@@ -1,5 +1,5 @@
-"""Plumbing that nobody should need to edit. Scripts import it before torch: until they are under way, which
-takes seconds, Ctrl-C ends them with a line in place of a traceback through torch's import."""
+"""Plumbing that nobody should need to edit. Scripts import it before torch, whose import takes seconds:
+Ctrl-C then prints one line instead of a traceback."""
 import sys
 
 

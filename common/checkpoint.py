@@ -1,4 +1,4 @@
-"""Checkpoints: written to a temporary file, flushed and renamed; loaded as data, never as code."""
+"""Checkpoints: written atomically, loaded as data, never as code."""
 import os
 import pickle
 import re
@@ -19,25 +19,24 @@ def save(path: str, state: dict) -> None:
 
 
 def find(path: str) -> str:
-    """The checkpoint file at `path`, or best.pt / last.pt if it is a run's folder; or CheckpointError."""
+    """`path` itself, or best.pt, else last.pt, in a run's folder. CheckpointError if there is none."""
     if os.path.isdir(path):
-        found = [p for p in (os.path.join(path, n) for n in ("best.pt", "last.pt")) if os.path.exists(p)]
-        if not found:
-            raise CheckpointError(f"no best.pt or last.pt in {path}")
-        return found[0]
+        for name in ("best.pt", "last.pt"):
+            if os.path.exists(file := os.path.join(path, name)):
+                return file
+        raise CheckpointError(f"no best.pt or last.pt in {path}")
     if not os.path.exists(path):
         raise CheckpointError(f"no checkpoint at {path}; runs keep theirs in out/NAME/")
     return path
 
 
 def load(path: str, keys=("model", "config"), map_location="cpu", int8: bool = False) -> dict:
-    """The checkpoint at `path`, or at best.pt / last.pt if it is a run's folder. CheckpointError if it is
-    missing, damaged, holds anything but tensors and plain values, lacks one of `keys`, or if it is in INT8
-    and `int8` does not allow that."""
-    path = find(path)
-    if not zipfile.is_zipfile(path):  # torch.save's container, whose directory is at its end
-        raise CheckpointError(f"{path} is not a whole checkpoint ({os.path.getsize(path):,} bytes); "
-                              "copy it again, or go on from the folder's other .pt file")
+    """The checkpoint that find(path) names. CheckpointError if it is damaged, holds anything but tensors and
+    plain values, lacks one of `keys`, or is in INT8 without `int8`."""
+    path, way_out = find(path), "copy it again, or use the other .pt file in its folder"
+    if not zipfile.is_zipfile(path):  # the container of torch.save, with its directory at the end
+        size = os.path.getsize(path)
+        raise CheckpointError(f"{path} is not a whole checkpoint ({size:,} bytes); {way_out}")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as e:
@@ -45,27 +44,25 @@ def load(path: str, keys=("model", "config"), map_location="cpu", int8: bool = F
         raise CheckpointError(f"{path} holds more than tensors and plain values and was not loaded: "
                               f"a checkpoint is data, never code\n({reason})") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as e:
-        raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {str(e):.200}); "
-                              "copy it again, or go on from the folder's other .pt file") from None
-    if isinstance(state, dict) and "int8" in state and not int8:
+        raise CheckpointError(f"{path} is damaged ({type(e).__name__}: {str(e):.200}); {way_out}") from None
+    has = [str(k) for k in state] if isinstance(state, dict) else [type(state).__name__]
+    if "int8" in has and not int8:
         raise CheckpointError(f"{path} is in INT8, to be read and not trained; use what it was made from: "
                               + state["int8"]["source"])
-    missing = [k for k in keys if not isinstance(state, dict) or k not in state]
-    if missing:
-        has = ", ".join(map(str, list(state)[:8])) if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"{path} is not a nanoMem checkpoint: no {', '.join(missing)} in it "
-                              f"(it has: {has})")
+    if missing := [k for k in keys if k not in has]:
+        raise CheckpointError(f"{path} is not a nanoMem checkpoint: it lacks {', '.join(missing)} "
+                              f"(it has: {', '.join(has[:8])})")
     return state
 
 
 def new_name(name: str, own) -> str:
-    """Files made before trunks had that name call it blocks, and the gated context blocks.0."""
+    """Old files call the trunk "blocks", and the gated context "blocks.0"."""
     new = re.sub(r"^blocks\.", "trunk.", name)
     return new if new in own else re.sub(r"^blocks\.0\.", "trunk.", name)
 
 
 def load_weights(model, weights: dict, path: str) -> None:
-    """Put `weights` into `model`, or say which tensors do not fit."""
+    """Load `weights` into `model`. CheckpointError that lists the tensors that do not fit."""
     own = model.state_dict()
     weights = {new_name(name, own): w for name, w in weights.items()}
     problems = [f"{k}: missing in the file" for k in own if k not in weights]
@@ -79,10 +76,10 @@ def load_weights(model, weights: dict, path: str) -> None:
 
 
 def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "") -> None:
-    """UserError, with what to do, if the model at `path` and what is in `folder` have other tokenizers."""
+    """UserError, with the way out, if the model at `path` has another tokenizer than the data in `folder`."""
     if ours["fingerprint"] != theirs["fingerprint"]:
         raise UserError(f"{path} was trained with the tokenizer {theirs['name']} "
                         f"({theirs['fingerprint'][:12]}), but {folder} is tokenised with {ours['name']} "
-                        f"({ours['fingerprint'][:12]}): the same ids mean other text\n" + (
+                        f"({ours['fingerprint'][:12]}): the same ids stand for different text\n" + (
                             fix or "make the data with the model's tokenizer:  "
                             f"python prepare_data.py ... --tokenizer_from={path}"))

@@ -1,19 +1,18 @@
-"""Configuration: a dataclass's defaults, then config files, then flags, all through one door.
+"""Configuration: a dataclass's defaults, then config files, then flags.
 
     python train.py config/exp6.py --lr=3e-4 --compile
 
-A config file is plain Python, read as trusted code: it may compute, loop and import another config
-(`from config.exp5 import *`). Every name it leaves behind must be an option, except modules, functions,
-classes and names that begin with `_`. Nothing is ever ignored: all problems are collected and reported in one
-error.
+A config file is plain Python, run as trusted code: it may compute, loop and import another config
+(`from config.exp5 import *`). Every name it leaves defined must be an option, except modules, functions,
+classes and names that begin with `_`. Nothing is silently ignored: one error reports all problems.
 """
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 import runpy
@@ -31,17 +30,16 @@ class ConfigError(UserError):
     def __init__(self, problems: list[str]):
         self.problems = problems
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-        super().__init__(f"{count} in the configuration, nothing was run\n"
-                         + "\n".join(f"  - {p}" for p in problems))
+        super().__init__("\n  - ".join([f"{count} in the configuration, nothing was run", *problems]))
 
 
 @dataclasses.dataclass
 class Config:
-    """Base of every script's config. Subclasses list one knob per line with its default and a trailing
-    comment, which `--help` prints; `problems()` returns what contradicts itself."""
+    """Base of every script's config. A subclass lists one option per line with its default and a trailing
+    comment, which --help prints; its `problems()` returns the contradictions."""
 
-    POSITIONAL: typing.ClassVar[str] = ""  # the field that takes bare arguments which are not config files
-    MAY_CHANGE: typing.ClassVar[set[str]] = set()  # options of this class that a continued run may change
+    POSITIONAL: typing.ClassVar[str] = ""  # the option that takes bare arguments other than config files
+    MAY_CHANGE: typing.ClassVar[set[str]] = set()  # options of this class that may change in a continued run
 
     def __post_init__(self):
         problems = []
@@ -61,28 +59,24 @@ class Config:
         """Fill in what follows from other options."""
 
     def at_least(self, least: float, *names: str) -> list[str]:
-        """Problems of the options among `names` that are below `least`; of a list each item counts."""
+        """A problem for each option in `names` that is below `least`, or has an item below it."""
         said = "must not be negative" if least == 0 else f"must be at least {least}"
         values = {n: getattr(self, n) for n in names}
         return [f"{n} {said}, got {v}" for n, v in values.items()
-                if not all(x >= least for x in (v if isinstance(v, tuple) else (v,)))]
-
-    @classmethod
-    def default(cls, name: str):
-        return next(f.default for f in dataclasses.fields(cls) if f.name == name)
+                if min(v if isinstance(v, tuple) else (v,), default=least) < least]
 
     @classmethod
     def may_change(cls) -> set[str]:
         return set().union(*(vars(c).get("MAY_CHANGE", ()) for c in cls.__mro__))
 
     def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
-        """'name: saved -> now' for each option that a continued run must not change: all but may_change(), or
-        but `free`. An option that did not exist when `saved` was written had its default value."""
+        """'option: saved -> now' for each option that differs and is not in `free` (default: may_change()).
+        An option that did not exist when `saved` was written had its default."""
         free = self.may_change() if free is None else free
-        now, defaults, saved = (json.loads(json.dumps(d)) for d in (  # as saved: tuples are lists in JSON
-            dataclasses.asdict(self), {f.name: f.default for f in dataclasses.fields(self)}, saved))
-        saved = defaults | saved
-        return [f"{k}: {saved[k]} -> {now.get(k, '(no such option any more)')}"
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        saved, now = (json.loads(json.dumps(defaults | d))  # as saved: JSON turns tuples into lists
+                      for d in (saved, dataclasses.asdict(self)))
+        return [f"{k}: {saved[k]} -> {now.get(k, '(no longer an option)')}"
                 for k in sorted(saved) if k not in free and saved[k] != now.get(k)]
 
 
@@ -92,85 +86,75 @@ def option_types(cls) -> dict[str, type]:
 
 
 def is_switch(kind) -> bool:
-    """Whether True, False and a flag alone make sense for it: bool, or Literal["auto", "true", "false"]."""
+    """Whether the flag alone means true: bool, or Literal["auto", "true", "false"]."""
     return kind is bool or "true" in typing.get_args(kind)
 
 
+def did_you_mean(word: str, known, otherwise: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else otherwise
+
+
 def coerce(value, kind, where: str):
-    """The value as `kind` (bool, int, float, str, Literal or tuple[item, ...]), or ValueError. 1e6 is an int
-    where an int is wanted; 0.5, True and "3" are not. No number is nan, infinite, or beyond 2^62."""
+    """`value` as `kind` (bool, int, float, str, Literal or tuple[item, ...]), or ValueError. 1e6 passes for
+    an int; 0.5, True and "3" do not. Numbers must be finite, integers at most 2^62."""
+    args = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         if isinstance(value, bool) and is_switch(kind):
             value = str(value).lower()
-        if value not in typing.get_args(kind):
-            near = difflib.get_close_matches(str(value), typing.get_args(kind), n=1)
-            raise ValueError(f"{where}: expected one of {', '.join(typing.get_args(kind))}; got {value!r}"
-                             + (f"; did you mean '{near[0]}'?" if near else ""))
+        if value not in args:
+            raise ValueError(f"{where}: expected one of {', '.join(args)}; got {value!r}"
+                             + did_you_mean(str(value), args))
         return value
-    item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
-    if item:
+    if args:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where}: expected a list of {kind_name(item)}, got {value!r}")
-        return tuple(coerce(v, item, where) for v in value)
-    if type(value) in (int, float) and not (abs(value) <= 2**62 or kind is float and math.isfinite(value)):
+            items = "|".join(typing.get_args(args[0])) or args[0].__name__
+            raise ValueError(f"{where}: expected a list of {items}, got {value!r}")
+        return tuple(coerce(v, args[0], where) for v in value)
+    limit = sys.float_info.max if kind is float else 2**62
+    if type(value) in (int, float) and not abs(value) <= limit:
         raise ValueError(f"{where}: {value} is not a number that makes sense here")
     if type(value) is kind:
         return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)
-    raise ValueError(f"{where}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
-
-
-def kind_name(kind) -> str:
-    return "|".join(typing.get_args(kind)) or kind.__name__
+    if kind is float and type(value) is int or kind is int and type(value) is float and value.is_integer():
+        return kind(value)
+    type_name = "" if isinstance(value, str) else f" ({type(value).__name__})"
+    raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}{type_name}")
 
 
 def parse(text: str, kind, where: str):
     """A flag's text as a value of `kind`."""
+    value = text
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         parts = [text] if item is str else [t.strip() for t in text.split(",") if t.strip()]
         return tuple(parse(t, item, where) for t in parts)
     if kind is bool and text.lower() in ("true", "1", "yes", "false", "0", "no"):
-        return text.lower() in ("true", "1", "yes")
-    if kind is str or typing.get_origin(kind) is typing.Literal:
-        return coerce(text, kind, where)
-    number = as_number(text)
-    if kind is float and number is not None or kind is int and number is not None and number % 1 == 0:
-        return coerce(number, kind, where)
-    raise ValueError(f"{where}: expected {kind.__name__}, got '{text}'")
-
-
-def as_number(text: str) -> int | float | None:
-    try:
-        return int(text) if re.fullmatch(r"[+-]?[\d_]+", text) else float(text)
-    except ValueError:
-        return None
+        value = text.lower() in ("true", "1", "yes")
+    for number in (float, int) if kind in (int, float) else ():
+        with contextlib.suppress(ValueError):
+            value = number(text)
+    return coerce(value, kind, where)
 
 
 def unknown(where: str, key: str, kinds) -> str:
-    near = difflib.get_close_matches(key, kinds, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else "; --help lists them all"
-    return f"{where}: no option '{key}'{hint}"
+    return f"{where}: no option '{key}'" + did_you_mean(key, kinds, "; --help lists them all")
 
 
 def from_file(path: str, kinds: dict[str, type], problems: list[str]) -> dict:
-    """The options that a config file sets. Adds to `problems` what it cannot take."""
+    """The options that a config file sets; appends what is wrong with it to `problems`."""
     if not os.path.isfile(path):
         folder = os.path.dirname(path) or "."
         others = [os.path.join(folder, n) for n in os.listdir(folder)] if os.path.isdir(folder) else []
-        near = difflib.get_close_matches(path, others, n=1)
-        problems.append(f"no config file '{path}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        problems.append(f"no config file '{path}'" + did_you_mean(path, others))
         return {}
     try:
         names = runpy.run_path(path)
     except (Exception, SystemExit) as e:
-        frames = [f for f in traceback.extract_tb(e.__traceback__)
-                  if f.filename.endswith(os.path.basename(path))]
-        line = f":{frames[-1].lineno}" if frames else f":{getattr(e, 'lineno', None) or '?'}"
-        problems.append(f"{path}{line}: {type(e).__name__}: {e}")
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__)
+                 if f.filename.endswith(os.path.basename(path))]
+        line = lines[-1] if lines else getattr(e, "lineno", None) or "?"
+        problems.append(f"{path}:{line}: {type(e).__name__}: {e}")
         return {}
     values = {}
     if "question" in kinds and (m := re.search(r"^# Question: (.+)$", open(path).read(), re.MULTILINE)):
@@ -179,7 +163,7 @@ def from_file(path: str, kinds: dict[str, type], problems: list[str]) -> dict:
         if key.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         if key not in kinds:
-            problems.append(unknown(path, key, kinds) + " (a helper's name begins with '_')")
+            problems.append(unknown(path, key, kinds) + " (names of helper variables must begin with '_')")
             continue
         try:
             values[key] = coerce(value, kinds[key], f"{path}: {key}")
@@ -188,12 +172,31 @@ def from_file(path: str, kinds: dict[str, type], problems: list[str]) -> dict:
     return values
 
 
-def load(cls, argv: list[str] | None = None, base: dict | None = None):
-    """cfg of type `cls` from its defaults (or the values in `base`), then the config files, then the flags of
-    `argv` (default: sys.argv).
+def read_flag(arg: str, argv: list[str], kinds: dict[str, type]) -> tuple[str, object]:
+    """(option, value) of the flag `arg`, whose value may be the next of `argv`; or ValueError."""
+    key, eq, text = arg[2:].partition("=")
+    key = key.replace("-", "_")
+    follows = not eq and argv and not argv[0].startswith("--")
+    if key not in kinds:
+        if follows and not argv[0].endswith(".py"):
+            argv.pop(0)
+        raise ValueError(unknown("flag", key, kinds))
+    if is_switch(kinds[key]) and not eq:
+        known = ("true", "false", *typing.get_args(kinds[key]))
+        text = argv.pop(0) if follows and argv[0].lower() in known else "true"
+    elif follows:
+        text = argv.pop(0)
+    elif not eq:
+        raise ValueError(f"flag --{key}: no value given")
+    return key, parse(text, kinds[key], f"flag --{key}")
 
-    Flags are --key=value or --key value; a bool alone (--compile) is true; a flag for a list of strings may
-    be repeated; dashes and underscores are the same. Raises ConfigError with every problem found.
+
+def load(cls, argv: list[str] | None = None, base: dict | None = None):
+    """The config of type `cls`: its defaults (or the values in `base`), then the config files and then the
+    flags in `argv` (default: sys.argv). ConfigError with every problem found.
+
+    Flags are --key=value or --key value; a bool alone (--compile) is true; a list of strings may be given by
+    repeating the flag; dashes and underscores are interchangeable.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -203,55 +206,37 @@ def load(cls, argv: list[str] | None = None, base: dict | None = None):
     values, flags, bare = dict(base or {}), {}, []
     while argv:
         arg = argv.pop(0)
-        if not arg.startswith("--"):
-            if arg.endswith(".py"):
-                values.update(from_file(arg, kinds, problems))
-                if "name" in kinds:
-                    values.setdefault("name", os.path.basename(arg)[:-3])
-            elif cls.POSITIONAL and (not arg.startswith("-") or arg == "-"):
-                bare.append(arg)
-            else:
-                problems.append(f"unexpected argument '{arg}' (config files end in .py, flags begin with --)")
-            continue
-        key, eq, text = arg[2:].partition("=")
-        key = key.replace("-", "_")
-        if key not in kinds:
-            problems.append(unknown("flag", key, kinds))
-            if not eq and argv and not argv[0].startswith("--") and not argv[0].endswith(".py"):
-                argv.pop(0)
-            continue
-        if not eq:
-            follows = argv and not argv[0].startswith("--")
-            if is_switch(kinds[key]):
-                known = ("true", "false", *typing.get_args(kinds[key]))
-                text = argv.pop(0) if follows and argv[0].lower() in known else "true"
-            elif follows:
-                text = argv.pop(0)
-            else:
-                problems.append(f"flag --{key}: no value given")
-                continue
-        try:
-            value = parse(text, kinds[key], f"flag --{key}")
-            flags[key] = flags[key] + value if key in flags and kinds[key] == tuple[str, ...] else value
-        except ValueError as e:
-            problems.append(str(e))
+        if arg.startswith("--"):
+            try:
+                key, value = read_flag(arg, argv, kinds)
+                flags[key] = flags[key] + value if key in flags and kinds[key] == tuple[str, ...] else value
+            except ValueError as e:
+                problems.append(str(e))
+        elif arg.endswith(".py"):
+            values.update(from_file(arg, kinds, problems))
+            if "name" in kinds:
+                values.setdefault("name", os.path.basename(arg)[:-3])
+        elif cls.POSITIONAL and (not arg.startswith("-") or arg == "-"):
+            bare.append(arg)
+        else:
+            problems.append(f"unexpected argument '{arg}' (config files end in .py, flags begin with --)")
     if bare:
         is_list = typing.get_origin(kinds[cls.POSITIONAL]) is tuple
         if len(bare) > 1 and not is_list:
             problems.append(f"expected one {cls.POSITIONAL}, got {bare}")
         flags[cls.POSITIONAL] = tuple(bare) if is_list else bare[0]
     try:
-        cfg = cls(**{**values, **flags})
+        cfg = cls(**values | flags)
     except ConfigError as e:
-        raise ConfigError(problems + e.problems) from None
+        problems += e.problems
     if problems:
         raise ConfigError(problems)
     return cfg
 
 
 def help_text(cls) -> str:
-    """The script's docstring, then every option with its default and comment, grouped by the comments
-    between. An option that a class redefines stands there alone."""
+    """The script's docstring, then every option with its default and comment, under the comment lines that
+    head each group. An option that a subclass redefines is listed there only."""
     doc, seen, groups = sys.modules[cls.__module__].__doc__ or "", set(), []
     for c in cls.__mro__:
         if c is Config or not vars(c).get("__annotations__"):
@@ -269,24 +254,28 @@ def help_text(cls) -> str:
 
 
 def launch(main, cls) -> None:
-    """What every script ends with: load the config (of the class cls, or that cls() returns), call main(cfg),
-    and print what a user can fix without a traceback."""
+    """How every script starts: load the config (of class `cls`, or of the class that cls() returns), call
+    main(cfg), and print mistakes that a user can fix without a traceback."""
     try:
         main(load(cls if isinstance(cls, type) else cls()))
         return
     except UserError as e:
         text, code = f"error: {e}", 2
     except KeyboardInterrupt:
-        text, code = "interrupted: all that was saved before is whole", 130
-    except BrokenPipeError:  # of `| head`
+        text, code = "interrupted; what was saved before is intact", 130
+    except BrokenPipeError:  # as by `| head`
         sys.stdout = open(os.devnull, "w")
         text, code = "", 141
     except OSError as e:
         text, code = f"error: {e.filename or 'a file'}: {e.strerror or e}", 2
-    except (MemoryError, RuntimeError, ValueError) as e:  # torch and numpy have no error of their own for it
-        if not isinstance(e, MemoryError) and not re.search(
+    except (MemoryError, RuntimeError, ValueError) as e:  # torch and numpy have no types for these
+        if "could not create a primitive" in str(e):
+            text = "error: this CPU has no kernel for a layer of this model in 16 bits; use --dtype=fp32"
+        elif isinstance(e, MemoryError) or re.search(
                 "(out of|enough|allocate) memory|size calculation overflowed|array is too big", str(e)):
+            text = f"error: out of memory ({str(e):.150}); use a smaller --micro_batch_size or model"
+        else:
             raise
-        text, code = f"error: out of memory ({str(e):.150}); use a smaller --micro_batch_size or model", 2
+        code = 2
     print(text, file=sys.stderr)
     sys.exit(code)

@@ -1,6 +1,7 @@
-"""Files that are whole or not there, rows of JSON, and one clear message when a disk does not take them."""
+"""Files that are either whole or absent, rows of JSON, and one clear message when a disk refuses a write."""
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Callable
@@ -13,54 +14,44 @@ ADVICE = {errno.ENOSPC: "the disk is full; free some space", errno.EROFS: "the d
 
 
 class DiskError(UserError):
-    """Something could not be written."""
-
     def __init__(self, path: str, error: OSError):
         reason = ADVICE.get(error.errno, error.strerror or str(error))
-        super().__init__(
-            f"could not write {path}: {reason}\nall that was saved before is whole: then the "
-            "same command continues; or write elsewhere with --out_dir (prepare_data: --data_dir)"
-        )
+        super().__init__(f"could not write {path}: {reason}\nwhat was saved before is intact: fix this and "
+                         "repeat the command, or write elsewhere with --out_dir (prepare_data: --data_dir)")
 
 
 @contextlib.contextmanager
 def writing(path: str):
-    """Turns an OSError inside into a DiskError that names `path`."""
+    """Turn an OSError inside into a DiskError that names `path`."""
     try:
         yield
     except OSError as e:
         raise DiskError(path, e) from e
 
 
-class Watched:
-    """A binary file that keeps the error of its last write, of which torch's writer reports nothing."""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
+class WatchedFile(io.FileIO):
+    """Keeps the error of a failed write: torch.save raises a RuntimeError that does not mention it."""
+    error = None
 
     def write(self, data) -> int:
         try:
-            return self.file.write(data)
+            return super().write(data)
         except OSError as e:
             self.error = e
             raise
 
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
 
 def write_atomically(path: str, write: Callable) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk, then rename: whoever reads `path`
-    sees the old content or the new, whole, whatever happens between. DiskError if it cannot be written."""
+    """Call write(file) on a temporary file next to `path`, flush it to disk and rename it: readers of `path`
+    see all of the old content or all of the new, whatever happens. DiskError if writing fails."""
     tmp = f"{path}.tmp"
     with writing(path):
         try:
-            with open(tmp, "wb") as f:
-                watched = Watched(f)
+            with io.BufferedWriter(WatchedFile(tmp, "w")) as f:
                 try:
-                    write(watched)
+                    write(f)
                 except RuntimeError as e:
-                    raise watched.error or e from None
+                    raise f.raw.error or e from None
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(tmp, path)
@@ -94,7 +85,7 @@ def make_folder(path: str) -> None:
 
 
 def append_row(path: str, row: dict) -> None:
-    """Add a line of JSON to a file, on a line of its own even after one that a kill cut short."""
+    """Append a line of JSON, starting a new line if a kill cut the last one short."""
     with writing(path), open(path, "ab+") as f:
         line = json.dumps(row)
         if f.tell():
@@ -104,8 +95,8 @@ def append_row(path: str, row: dict) -> None:
 
 
 def read_rows(path: str, strict: bool = True) -> list[dict]:
-    """The rows of a .jsonl file ([] if it is not there). A last line cut short by a kill is left out, and any
-    other line that is not JSON, unless `strict`, which makes it a UserError."""
+    """The rows of a .jsonl file; [] if there is no such file. Skips a last line that a kill cut short. Any
+    other line that is not JSON is a UserError if `strict`, else skipped."""
     if not os.path.exists(path):
         return []
     with open(path, encoding="utf-8") as f:

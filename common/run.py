@@ -1,4 +1,4 @@
-"""One run of a script: its folder, its lock, what it continues from, what it logs, its line in the ledger."""
+"""One run of a script: its folder and lock, its checkpoints, its logs, its line in the ledger."""
 import fcntl
 import hashlib
 import json
@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from common import checkpoint, distributed
-from common.checkpoint import CheckpointError
 from common.config import Config, UserError
 from common.files import append_row, make_folder, read_rows, write_text, writing
 
@@ -31,20 +30,19 @@ class MachineConfig(Config):
     compile: Literal["auto", "true", "false"] = "auto"  # torch.compile; auto = on CUDA, for long runs
 
     def problems(self) -> list[str]:
-        known = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
-        wrong = [] if known else [f"device={self.device}: expected auto, cpu, cuda, cuda:1 or mps"]
-        return super().problems() + wrong
+        wrong = not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device)
+        return super().problems() + [f"device={self.device}: expected auto, cpu, cuda, cuda:1 or mps"] * wrong
 
 
 @dataclass
 class RunConfig(MachineConfig):
     MAY_CHANGE = {"name", "out_dir", "question", "overwrite", "dry_run"}
     # run
-    name: str = "run"  # its folder in out_dir; by default the config file's name
+    name: str = "run"  # the run's folder in out_dir; default: the config file's name
     out_dir: str = "out"  # holds the run folders and ledger.jsonl
-    seed: int = 1  # of everything that is drawn
-    question: str = ""  # what the run asks, for the ledger; by default the config file's "# Question:" line
-    overwrite: bool = False  # throw away the run of this name, if there is one
+    seed: int = 1  # of everything random
+    question: str = ""  # what the run asks, for the ledger; default: the config file's "# Question:" line
+    overwrite: bool = False  # delete the run of this name, if there is one
     dry_run: bool = False  # print the plan and stop
 
     def problems(self) -> list[str]:
@@ -57,20 +55,12 @@ class RunConfig(MachineConfig):
 # ------------------------------------------------------------------------------------------------------------
 # The run
 
-
 FILES = ("last.pt", "best.pt", "int8.pt", "metrics.jsonl", "samples.txt", "loss.png")
 
 
 class Run:
-    """The folder out_dir/name while a script works in it. All processes have one; the main one writes.
-
-        with Run(cfg, dist, "train", tokenizer, data_sha256) as run:   # locked against other runs
-            saved = run.find("last.pt")      # what to continue from, or None for a new run
-            run.begin(saved)
-            run.metrics(step=1, train_loss=2.3)
-            run.save("last.pt", model, optimizer, scaler, step=1)
-            row = run.finish("finished", counts={...}, result={...}, dtype="fp32")
-    """
+    """The folder out_dir/name while a script works in it, locked by `with`. Every process has a Run; only the
+    main one writes."""
 
     def __init__(self, cfg: RunConfig, dist: distributed.Dist, script: str, tokenizer: dict | None = None,
                  data_sha256: str = ""):
@@ -84,7 +74,7 @@ class Run:
         if self.dist.is_main:
             make_folder(self.folder)
             with writing(self.folder):
-                self.lock = open(self.path("lock"), "w")  # freed by the system however the process ends
+                self.lock = open(self.path("lock"), "w")  # the system frees it however the process ends
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -99,43 +89,36 @@ class Run:
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    # starting and continuing
-
-    def find(self, name: str = "last.pt") -> dict | None:
-        """The checkpoint to continue from, or None for a new run. UserError if that run had another
-        configuration or data. A collective: all processes must see the same."""
+    def find(self) -> dict | None:
+        """The checkpoint to resume from, or None for a new run. UserError if the folder's run had another
+        configuration or other data, or if processes see different runs. A collective."""
         if self.cfg.overwrite:
             return None
+        path, best, data = self.path("last.pt"), self.path("best.pt"), self.data
         saved, step = None, -1
-        if os.path.exists(self.path(name)):
-            keys = ("model", "optimizer", "scaler", "progress", "config", *self.data)
-            saved = checkpoint.load(self.path(name), keys)
+        if os.path.exists(path):
+            saved = checkpoint.load(path, ("model", "optimizer", "scaler", "progress", "config", *data))
             step = saved["progress"]["step"]
-            self.refuse_differences(saved)
-        elif os.path.exists(self.path("best.pt")):
-            raise CheckpointError(f"{self.folder} has best.pt but no {name}; continue from it with:  "
-                                  f"cp {self.path('best.pt')} {self.path(name)}\n"
-                                  "or start anew with --overwrite, or use another --name")
+            if data["tokenizer"]:
+                checkpoint.check_tokenizer(saved["tokenizer"], self.folder, data["tokenizer"], self.cfg.data)
+            if differences := differences_to(saved, self.cfg, data["data_sha256"]):
+                raise UserError(
+                    f"{self.folder} holds a run with another configuration (at step {step:,}):\n  "
+                    + "\n  ".join(differences) + "\nkeep it and use --name=OTHER, delete it with "
+                    "--overwrite, or train its weights further in a new run with "
+                    f"--init_from={self.folder} --name=OTHER")
+        elif os.path.exists(best):
+            raise checkpoint.CheckpointError(
+                f"{self.folder} has best.pt but no last.pt; continue from it with:  cp {best} {path}\n"
+                "or start over with --overwrite, or use another --name")
         if (self.dist.min(step), -self.dist.min(-step)) != (step, step):
-            raise UserError(f"not all processes see the same run in {self.folder}: on several machines it "
+            raise UserError(f"not all processes see the same run in {self.folder}: with several machines it "
                             "must be on a disk they share")
         return saved
 
-    def refuse_differences(self, saved: dict) -> None:
-        if self.data["tokenizer"]:
-            checkpoint.check_tokenizer(saved["tokenizer"], self.folder, self.data["tokenizer"], self.cfg.data)
-        differences = self.cfg.differences(saved["config"])
-        if saved["data_sha256"] != self.data["data_sha256"]:
-            differences.append(f"data: the training tokens in {self.cfg.data} are not those it began with")
-        if differences:
-            raise UserError(f"{self.folder} holds a run with another configuration (at step "
-                            f"{saved['progress']['step']:,}):\n  " + "\n  ".join(differences)
-                            + "\nstart beside it with --name=OTHER, throw it away with --overwrite, or train "
-                            f"its weights further in a new run with --init_from={self.folder} --name=OTHER")
-
     def begin(self, saved: dict | None, keep=lambda row: True) -> None:
-        """Continue from `saved`, without the rows of metrics.jsonl that `keep` refuses (a killed run logged
-        them and will repeat them); or with None as a new run, in an empty folder."""
+        """Resume from `saved`, or delete the old run and start a new one. Resuming drops the rows of
+        metrics.jsonl that `keep` rejects: a killed run logged them after its last save and repeats them."""
         if saved:
             self.id, self.seconds = saved["progress"]["run_id"], saved["progress"]["seconds"]
             self.sessions = saved["progress"]["sessions"] + 1
@@ -144,16 +127,13 @@ class Run:
         if saved:
             rows = [r for r in read_rows(self.path("metrics.jsonl")) if keep(r)]
             write_text(self.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
-        old = [f"{name}.tmp" for name in FILES] + list(FILES) * (not saved)  # .tmp: a kill came while writing
+        old = [f"{name}.tmp" for name in FILES] + list(FILES) * (not saved)  # .tmp: a kill during a write
         with writing(self.folder):
             for name in filter(os.path.exists, map(self.path, old)):
                 os.remove(name)
 
-    # saving and logging
-
     def save(self, name: str, model, optimizer, scaler, **progress) -> None:
-        """Write a checkpoint: all that continuing needs. Data order and dropout are functions of (seed,
-        sample), so there is no state of a sampler or random generator in it."""
+        """Write a checkpoint, without random state: data order and dropout depend on (seed, sample) only."""
         if self.dist.is_main:
             progress |= {"run_id": self.id, "seconds": self.seconds, "sessions": self.sessions}
             checkpoint.save(self.path(name), {
@@ -169,13 +149,20 @@ class Run:
             append_row(self.path("metrics.jsonl"), row)
 
     def finish(self, status: str, counts: dict, result: dict, dtype: str) -> dict:
-        """The run's summary; a run that ended ("finished", "early stop") also gets its line in the ledger,
-        once."""
+        """The run's summary, which is added to the ledger unless the status is "stopped"."""
         row = ledger_row(self.script, self.cfg, self.dist, status=status, counts=counts, result=result,
                          seconds=self.seconds, dtype=dtype, run_id=self.id)
         if self.dist.is_main and status != "stopped":
             append_to_ledger(self.cfg.out_dir, row)
         return row
+
+
+def differences_to(saved: dict, cfg: RunConfig, data_sha256: str, free: set[str] | None = None) -> list[str]:
+    """Why `cfg`, with training tokens of this hash, cannot resume `saved`; options in `free` may differ."""
+    out = cfg.differences(saved["config"], free)
+    if saved["data_sha256"] != data_sha256:
+        out.append(f"data: the training tokens in {cfg.data} are not those the run began with")
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -184,8 +171,7 @@ class Run:
 
 def ledger_row(script: str, cfg: Config, dist: distributed.Dist, *, counts: dict, result: dict,
                seconds: float, dtype: str, status: str = "finished", run_id: str = "") -> dict:
-    """What every script reports: counts of what there was and was done, what came out, how long it took, on
-    what, by which code."""
+    """What every script reports. `counts` says what it used and did, `result` what came out."""
     return {"run_id": run_id or uuid.uuid4().hex[:12], "script": script, "name": getattr(cfg, "name", ""),
             "question": getattr(cfg, "question", ""), "status": status, "counts": counts, "result": result,
             "seconds": seconds, "hardware": {
@@ -196,18 +182,19 @@ def ledger_row(script: str, cfg: Config, dist: distributed.Dist, *, counts: dict
 
 
 def digest(value) -> str:
-    """A run id that is a function of the results: reporting the same again adds no line."""
+    """A run id computed from the results, so that reporting them again adds no line to the ledger."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def append_to_ledger(out_dir: str, row: dict) -> None:
-    """Once per run id; without nan and infinity, which JSON does not have."""
+    """Add `row`, unless its run id is there already."""
     if row["run_id"] not in [r["run_id"] for r in read_ledger(out_dir)]:
         make_folder(out_dir)
         append_row(os.path.join(out_dir, "ledger.jsonl"), finite(row))
 
 
 def finite(value):
+    """`value` with None for nan and infinity, which JSON lacks."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -216,7 +203,7 @@ def finite(value):
 
 
 def read_ledger(out_dir: str) -> list[dict]:
-    """The rows of out_dir/ledger.jsonl; those of before it had one shape for all scripts in today's."""
+    """The rows of out_dir/ledger.jsonl; old rows of train.py are converted to the shape all scripts share."""
     rows = read_rows(os.path.join(out_dir, "ledger.jsonl"), strict=False)
     counted = ("steps", "tokens", "epochs", "parameters", "parameters_non_embedding", "sessions")
     return [row if "result" in row else {
@@ -228,11 +215,10 @@ def read_ledger(out_dir: str) -> list[dict]:
 
 
 def git_commit() -> str:
-    """The commit of the code that ran, with '+' if it was edited; '' outside a repository."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    """The commit of the running code, with "+" if tracked files were edited; "" outside a repository."""
+    command = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--exclude=*",
+               "--dirty=+"]
     try:
-        run = [subprocess.run(["git", "-C", here, *c], capture_output=True, text=True, timeout=10)
-               for c in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return run[0].stdout.strip() + "+" * bool(run[1].stdout.strip()) if run[0].returncode == 0 else ""

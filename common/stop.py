@@ -5,11 +5,11 @@ import time
 
 
 class StopRequest:
-    """SIGTERM, Ctrl-C and the end of the session's minutes ask the loop to finish its step, save and exit; a
-    second Ctrl-C exits at once."""
+    """SIGTERM, Ctrl-C and the end of `minutes` ask the loop to finish its step, save and exit. A second
+    Ctrl-C exits at once."""
 
     def __init__(self, minutes: float = 0.0):
-        self.requested = False  # by a signal: evaluations stop too
+        self.requested = False  # by a signal, which cuts evaluations short too
         self.deadline = time.perf_counter() + 60 * minutes if minutes else math.inf
 
     def __enter__(self):
@@ -26,5 +26,5 @@ class StopRequest:
             signal.signal(number, handler)
 
     def agreed(self, dist) -> bool:
-        """Whether any process wants to stop, so that all do at the same step. A collective."""
+        """Whether any process wants to stop, so that all stop at the same step. A collective."""
         return dist.sum(float(self.requested or time.perf_counter() > self.deadline))[0] > 0

@@ -1,11 +1,12 @@
-"""Markdown tables, and figures written whole."""
+"""Markdown tables and figures."""
 import io
+import itertools
 
 from common.files import write_atomically
 
 
 def grid(lines: list[list[str]]) -> str:
-    """A Markdown table; the first line is its head, the first column its names."""
+    """A Markdown table: the first line is its header, the first column is left-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines = [[c.ljust(w) if c is line[0] else c.rjust(w) for c, w in zip(line, widths, strict=True)]
              for line in lines]
@@ -14,7 +15,7 @@ def grid(lines: list[list[str]]) -> str:
 
 
 def new_figure(width: float, height: float):
-    from matplotlib.figure import Figure  # not pyplot: no state, no display; it takes a second to import
+    from matplotlib.figure import Figure  # not pyplot: no state, no display; importing it takes a second
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -24,28 +25,17 @@ def save_figure(figure, path: str) -> None:
     write_atomically(path, lambda f: f.write(picture.getvalue()))
 
 
-def smoothed(values: list[float], half: int) -> list[float]:
-    """The mean of each value and the `half` on both sides of it, as far as there are any."""
-    sums = [0.0]
-    for v in values:
-        sums.append(sums[-1] + v)
-    ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
-    return [(sums[b] - sums[a]) / (b - a) for a, b in ends]
-
-
 def draw_losses(rows: list[dict], title: str, path: str) -> None:
-    """Training loss (each logged step, and smoothed) and validation loss against tokens seen, from the rows
-    of metrics.jsonl."""
+    """Training loss, raw and as a moving average, and validation loss against tokens seen."""
     from matplotlib.ticker import EngFormatter
-    train = [(r["tokens"], r["train_loss"]) for r in rows if "train_loss" in r]
-    val = [(r["tokens"], r["val_loss"]) for r in rows if "val_loss" in r]
-    figure = new_figure(7, 4.2)
-    axes = figure.subplots()
-    if train:
+    axes = new_figure(7, 4.2).subplots()
+    if train := [(r["tokens"], r["train_loss"]) for r in rows if "train_loss" in r]:
         tokens, losses = zip(*train, strict=True)
         axes.plot(tokens, losses, color="C0", alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, smoothed(losses, len(losses) // 40), color="C0", label="train")
-    if val:
+        sums, half = [0.0, *itertools.accumulate(losses)], len(losses) // 40
+        ends = [(max(0, i - half), min(len(losses), i + half + 1)) for i in range(len(losses))]
+        axes.plot(tokens, [(sums[b] - sums[a]) / (b - a) for a, b in ends], color="C0", label="train")
+    if val := [(r["tokens"], r["val_loss"]) for r in rows if "val_loss" in r]:
         tokens, losses = zip(*val, strict=True)
         label = f"validation (best {min(losses):.3f})"
         axes.plot(tokens, losses, "o-", color="C1", markersize=3, label=label)
@@ -54,4 +44,4 @@ def draw_losses(rows: list[dict], title: str, path: str) -> None:
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()
-    save_figure(figure, path)
+    save_figure(axes.figure, path)

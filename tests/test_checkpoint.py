@@ -1,4 +1,4 @@
-"""common/checkpoint.py: a checkpoint is data, never code, and a damaged one is named."""
+"""common/checkpoint.py: a checkpoint is data, never code, and a damaged one is reported."""
 import os
 import pickle
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 
-def test_what_is_saved_is_what_is_loaded(tmp_path):
+def test_a_saved_checkpoint_loads_unchanged(tmp_path):
     state = {"model": {"w": torch.randn(3, 4)}, "config": {"lr": 1e-3, "lens": [1, 2]}, "step": 7}
     checkpoint.save(str(tmp_path / "last.pt"), state)
     loaded = checkpoint.load(str(tmp_path / "last.pt"))
@@ -19,7 +19,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_a_folder_means_its_best(tmp_path):
+def test_a_folder_stands_for_its_best_checkpoint(tmp_path):
     checkpoint.save(str(tmp_path / "last.pt"), {"model": {}, "config": {}, "step": 2})
     assert checkpoint.load(str(tmp_path))["step"] == 2
     checkpoint.save(str(tmp_path / "best.pt"), {"model": {}, "config": {}, "step": 1})
@@ -40,7 +40,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.9, 0.999])
-def test_truncated_checkpoints_are_named(tmp_path, keep):
+def test_truncated_checkpoints_are_reported(tmp_path, keep):
     path = str(tmp_path / "last.pt")
     checkpoint.save(path, {"model": {"w": torch.randn(100, 100)}, "config": {}})
     size = os.path.getsize(path)
@@ -68,14 +68,14 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, write):
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(path)
     assert not os.path.exists(bomb.path)
-    with open(path, "rb") as f:  # the bomb is real: this is what loading it as code would do
+    with open(path, "rb") as f:  # the bomb is real: loading it as code sets it off
         torch.load(f, weights_only=False) if write == "torch" else pickle.load(f)
     assert os.path.exists(bomb.path)
 
 
 def test_foreign_and_missing_files(tmp_path):
     torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "theirs.pt")
-    message = r"not a nanoMem checkpoint: no model, config in it \(it has: state_dict, epoch\)"
+    message = r"not a nanoMem checkpoint: it lacks model, config \(it has: state_dict, epoch\)"
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(str(tmp_path / "theirs.pt"))
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
@@ -86,8 +86,6 @@ def test_foreign_and_missing_files(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no best.pt or last.pt in"):
         checkpoint.load(str(tmp_path / "empty"))
-    (tmp_path / "text.pt").write_text("hello, this is no checkpoint")
+    (tmp_path / "text.pt").write_text("hello, this is not a checkpoint")
     with pytest.raises(CheckpointError, match="text.pt"):
         checkpoint.load(str(tmp_path / "text.pt"))
-
-

@@ -1,4 +1,5 @@
-"""common/config.py: one door for files and flags, and nothing is ever silently ignored."""
+"""common/config.py: files and flags are treated alike, and nothing is ever silently ignored."""
+import ast
 import dataclasses
 import inspect
 import re
@@ -14,7 +15,7 @@ import recall_probe
 import sample
 import sweep
 import train
-from common.config import Config, ConfigError, help_text, load, option_types
+from common.config import Config, ConfigError, UserError, help_text, launch, load
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_defaults_then_files_then_flags(tmp_path):
     assert load(Example, [one, "--name=mine"]).name == "mine"
 
 
-def test_values_to_begin_from(tmp_path):
+def test_values_to_start_from(tmp_path):
     base = dataclasses.asdict(Example(width=6, rate=2.0, name="mine"))
     assert load(Example, [file(tmp_path, "rate = 3.0")], base) == Example(width=6, rate=3.0, name="mine")
     assert load(Example, ["--width=8"], base) == Example(width=8, rate=2.0, name="mine")
@@ -84,11 +85,11 @@ def test_all_problems_at_once_with_the_nearest_names(tmp_path):
     text = str(error.value)
     for expected in (r"9 problems in the configuration, nothing was run",
                      r"my.py: no option 'widht'; did you mean 'width'\?",
-                     r"my.py: rate: expected float, got 'fast' \(str\)",
-                     r"my.py: no option 'i'", r"a helper's name begins with '_'",
+                     r"my.py: rate: expected float, got 'fast'",
+                     r"my.py: no option 'i'", r"names of helper variables must begin with '_'",
                      r"kind: expected one of round, square; got 'squar'; did you mean 'square'\?",
                      r"flag: no option 'fsat'; did you mean 'fast'\?",
-                     r"flag --width: expected int, got '3.5'",
+                     r"flag --width: expected int, got 3.5 \(float\)",
                      r"flag --lens: expected int, got 'x'", r"flag --rate: expected float, got 'no/such.py'"):
         assert re.search(expected, text), (expected, text)
 
@@ -128,7 +129,7 @@ def test_auto_or_a_switch(tmp_path):
         compile_of("--compile=maybe")
 
 
-def test_python_callers_pass_the_same_door():
+def test_values_from_python_are_checked_too():
     with pytest.raises(ConfigError, match="width: expected int, got '4'"):
         Example(width="4")
 
@@ -143,16 +144,56 @@ def test_help_names_every_option_with_default_and_comment(script, cls):
     assert text.startswith(inspect.getdoc(sys.modules[cls.__module__])[:40]) and f"python {script}" in text
 
 
+def reads(source: str, classes: set[str]) -> set[str]:
+    """Names that `source` reads: as cfg.NAME, getattr(cfg, "NAME") or, in the config `classes`, self.NAME.
+    problems() and differences() do not count, as reading an option there has no effect on the run."""
+    found = set()
+
+    def visit(node, in_config=False):
+        if isinstance(node, ast.FunctionDef) and node.name in ("problems", "differences"):
+            return
+        in_config = node.name in classes if isinstance(node, ast.ClassDef) else in_config
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            if ast.unparse(node.value) in ("cfg", "self.cfg", *["self"] * in_config):
+                found.add(node.attr)
+        if isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(cfg, '"):
+            found.add(node.args[1].value)
+        for child in ast.iter_child_nodes(node):
+            visit(child, in_config)
+
+    visit(ast.parse(source))
+    return found
+
+
+def unread(script: str, cls, source: str = "") -> set[str]:
+    """Options of `cls` that neither the script reads nor the module that declares them. Other modules do not
+    count: common/ may mention an option of the same name for another script."""
+    out = set()
+    for c in cls.__mro__[:-1]:
+        if cls is sweep.SweepConfig and c is train.TrainConfig:
+            break  # from here on, options are passed on to the script that is swept
+        module = Path(sys.modules[c.__module__].__file__)
+        texts = [source or Path(script).read_text(), *[module.read_text()] * (module.name != script)]
+        names = vars(c).get("__annotations__", {}).keys() - {"POSITIONAL", "MAY_CHANGE", "SCRIPT_CONFIG"}
+        out |= names - set().union(*(reads(text, {k.__name__ for k in cls.__mro__}) for text in texts))
+    return out
+
+
 @pytest.mark.parametrize("script, cls", SCRIPTS.items())
 def test_every_option_is_read(script, cls):
     """An option that nobody reads would be silently ignored."""
-    source = "".join(
-        Path(p).read_text() for p in (script, "model.py", "muon.py", *Path("common").glob("*.py"))
-    )
-    passed_on = option_types(train.TrainConfig) if script == "sweep.py" else ()
-    for name in option_types(cls).keys() - passed_on:
-        reads = re.sub(rf"^    {name}: .*$", "", source, flags=re.M)
-        assert re.search(rf'cfg\.{name}\b|getattr\(cfg, "{name}"', reads), f"{script} never reads {name}"
+    assert not unread(script, cls)
+    if script == "sweep.py":
+        assert {"max_minutes", *reads(Path(script).read_text(), set())} >= set(sweep.OF_THE_SWEEP)
+
+
+@pytest.mark.parametrize("script, option", [  # common/ mentions each of them as cfg.OPTION
+    ("train.py", "batch_size"), ("train.py", "tbptt"), ("train.py", "device"), ("quantize.py", "data"),
+    ("sample.py", "device"), ("recall_probe.py", "window"), ("bench.py", "dropout")])
+def test_an_option_that_only_other_code_mentions_is_found(script, option):
+    source = re.sub(rf"\bcfg\.{option}\b", "cfg.something", Path(script).read_text())
+    assert any(f"cfg.{option}" in p.read_text() for p in Path("common").glob("*.py"))
+    assert unread(script, SCRIPTS[script], source) == {option}
 
 
 def test_a_script_prints_a_mistake_without_a_traceback():
@@ -163,9 +204,36 @@ def test_a_script_prints_a_mistake_without_a_traceback():
     assert "n_heads=3 does not divide d_model=128" in done.stderr
 
 
-def test_help_from_the_shell():
-    done = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "torchrun" in done.stdout and "--lr=" in done.stdout
+@pytest.mark.parametrize("error, code, message", [
+    (UserError("do this"), 2, "error: do this"), (KeyboardInterrupt(), 130, "interrupted; what was saved"),
+    (RuntimeError("could not create a primitive descriptor for an LSTM"), 2, "use --dtype=fp32"),
+    (RuntimeError("[enforce fail] not enough memory: you tried"), 2, "error: out of memory"),
+    (MemoryError(), 2, "error: out of memory"),
+    (OSError(5, "I/O error", "x"), 2, "error: x: I/O")])
+def test_what_a_user_can_fix_ends_without_a_traceback(monkeypatch, capsys, error, code, message):
+    def main(cfg):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        launch(main, train.TrainConfig)
+    assert ended.value.code == code and message in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def main(cfg):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        launch(main, train.TrainConfig)
+
+
+def test_help_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as done:
+        load(train.TrainConfig, ["--lr=fast", "--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and "torchrun" in out and "--lr=" in out
 
 
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
@@ -188,7 +256,7 @@ LADDER = {  # FACTS: d_model, layers, heads, d_ff, dropout, flash, positions, ba
 
 
 @pytest.mark.parametrize("exp", LADDER)
-def test_ladder_configs_are_those_of_the_documents(exp):
+def test_ladder_configs_match_the_documents(exp):
     c = load(train.TrainConfig, [f"config/exp{exp}.py"])
     assert LADDER[exp] == (c.d_model, c.n_layers, c.n_heads, c.d_ff, c.dropout, c.flash, c.pos,
                            c.batch_size, c.lr, c.epochs)

@@ -1,4 +1,4 @@
-"""common/run.py and common/files.py: what a run continues from, its ledger, disks that take nothing."""
+"""common/run.py and common/files.py: what a run resumes from, its ledger, disks that refuse writes."""
 import dataclasses
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import train
 from common import run
-from common.config import UserError
+from common.config import UserError, load
 from common.distributed import Dist
 from common.files import DiskError, append_row, read_rows, write_text
 from common.run import Run, RunConfig, append_to_ledger, finite, read_ledger
@@ -34,16 +34,16 @@ class Example(RunConfig):
 
 def test_an_option_that_did_not_exist_had_its_default():
     """Else adding any flag would strand every unfinished run."""
-    old = {"width": 4, "name": "x"}  # made before `lens` and all of RunConfig's options were there
+    old = {"width": 4, "name": "x"}  # saved before `lens` and most options of RunConfig existed
     assert Example().differences(old) == []
     assert Example(width=5, lens=(1, 2), speed=9.0, name="other", device="cpu").differences(old) == [
         "lens: [] -> [1, 2]", "width: 4 -> 5"]
     assert Example(lens=(1,)).differences(old | {"lens": [1]}) == []
-    assert Example().differences(old | {"gone": 3}) == ["gone: 3 -> (no such option any more)"]
+    assert Example().differences(old | {"gone": 3}) == ["gone: 3 -> (no longer an option)"]
     assert Example(speed=2.0).differences(old, free=set()) == ["name: x -> run", "speed: 1.0 -> 2.0"]
 
 
-def test_a_run_of_before_an_option_was_added_goes_on(small):
+def test_a_run_from_before_an_option_was_added_continues(small):
     train.main(small(max_minutes=1e-6))
     path = os.path.join(small().out_dir, "run/last.pt")
     saved = torch.load(path, weights_only=True)
@@ -53,9 +53,8 @@ def test_a_run_of_before_an_option_was_added_goes_on(small):
     assert train.main(small())["counts"]["steps"] == 20
 
 
-def test_a_length_that_was_given_wins_over_a_default(small):
-    """--max_steps alone: no epoch ends it. And a run that began without --epochs goes on as it began."""
-    from common.config import load
+def test_an_explicit_length_wins_over_a_default(small):
+    """--max_steps alone: no epoch ends the run. With both, whichever ends first."""
     flags = [f"--{k}={v}" for k, v in dataclasses.asdict(small()).items()
              if k in ("data", "out_dir", "name", "d_model", "max_seq_len", "device", "dtype", "batch_size")]
     plan = train.main(load(train.TrainConfig, [*flags, "--max_steps=5000", "--dry_run"]))
@@ -66,18 +65,17 @@ def test_a_length_that_was_given_wins_over_a_default(small):
     assert both["steps"] == -(-2 * both["per_epoch"] // 8)
 
 
-def test_processes_that_see_other_folders_are_told(small, monkeypatch):
+def test_processes_that_see_different_folders_are_refused(small, monkeypatch):
     cfg = small(max_minutes=1e-6)
     train.main(cfg)
     elsewhere = [-1.0]  # another machine, whose disk has no such run
     monkeypatch.setattr(Dist, "min", lambda self, value: min([value, *elsewhere]))
-    with pytest.raises(
-        UserError, match="not all processes see the same run in .*must be on a disk they share"
-    ):
+    message = "not all processes see the same run in .*must be on a disk they share"
+    with pytest.raises(UserError, match=message):
         train.main(small())
 
 
-def test_a_new_run_leaves_what_is_not_its_own(small):
+def test_a_new_run_leaves_other_files_alone(small):
     folder = Path(small().out_dir, "run")
     folder.mkdir(parents=True)
     for name in ("notes.txt", "metrics.jsonl", "last.pt.tmp", "samples.txt"):
@@ -105,7 +103,7 @@ def test_a_row_says_what_ran_and_is_written_once(tmp_path):
     assert saved["hardware"]["processes"] == 1 and saved["hardware"]["torch"] == torch.__version__
 
 
-def test_rows_of_before_are_read_as_those_of_today(tmp_path):
+def test_old_rows_are_converted(tmp_path):
     old = {"run_id": "a", "script": "train", "name": "demo", "status": "finished", "steps": 20, "tokens": 99,
            "parameters": 7, "best_val_loss": 2.5, "best_val_step": 20, "best_val_bits_per_byte": 1.5,
            "seconds": 3.0, "sessions": 2, "peak_memory_gb": 0.3, "device": "cpu, 2 threads", "dtype": "fp32",
@@ -113,19 +111,13 @@ def test_rows_of_before_are_read_as_those_of_today(tmp_path):
     append_row(str(tmp_path / "ledger.jsonl"), old)
     row, = read_ledger(str(tmp_path))
     assert row["result"] == {"loss": 2.5, "step": 20, "bits_per_byte": 1.5} and row["commit"] == "563f08e"
-    assert (
-        row["counts"]["tokens"] == 99 and row["counts"]["parameters"] == 7 and row["config"] == {"lr": 1e-3}
-    )
-    assert row["hardware"] == {
-        "device": "cpu, 2 threads",
-        "processes": 1,
-        "dtype": "fp32",
-        "peak_memory_gb": 0.3,
-    }
+    assert row["counts"]["tokens"] == 99 and row["counts"]["parameters"] == 7
+    assert row["config"] == {"lr": 1e-3}
+    assert row["hardware"] == {"device": "cpu, 2 threads", "processes": 1, "dtype": "fp32",
+                               "peak_memory_gb": 0.3}
 
 
 def test_the_question_of_a_config_file_reaches_the_ledger(small, tmp_path):
-    from common.config import load
     path = tmp_path / "mine.py"
     path.write_text("# Question: does it work?\n# Changed: nothing.\nwidth = 6\n")
     assert load(Example, [str(path)]).question == "does it work?"
@@ -139,7 +131,7 @@ FULL = """
 import resource, signal, sys
 import torch; torch.set_num_threads(1)
 import train
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails, as on a full disk
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write beyond the limit fails, as on a full disk
 real, saves = train.Run.save, []
 def save(self, *args, **progress):
     saves.append(progress["step"])
@@ -153,7 +145,7 @@ launch(train.main, train.TrainConfig)
 
 
 def test_a_full_disk_loses_nothing_and_says_what_to_do(small):
-    """A limit on the size of files stands in for it: torch's writer fails in the middle of a checkpoint."""
+    """A limit on file size stands in for it: torch's writer fails in the middle of a checkpoint."""
     whole, cfg = small(name="whole", save_minutes=0.0), small(save_minutes=0.0)
     train.main(whole)
     flags = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items() if v not in ((), "")]
@@ -161,7 +153,7 @@ def test_a_full_disk_loses_nothing_and_says_what_to_do(small):
                           env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     for expected in ("error: could not write", "last.pt", "larger than is allowed here",
-                     "all that was saved before is whole: then the same command continues"):
+                     "what was saved before is intact: fix this and repeat the command"):
         assert expected in done.stderr, done.stderr
     folder = Path(cfg.out_dir, "run")
     assert not list(folder.glob("*.tmp"))

@@ -78,7 +78,7 @@ def test_prompts_from_file_stdin_and_terminal(trained, tmp_path, monkeypatch):
     assert list(sample.main(cfg(trained, "one"))) == [""]
 
 
-def test_what_is_wrong_is_said(trained, tmp_path, corpus):
+def test_mistakes_are_reported(trained, tmp_path, corpus):
     with pytest.raises(UserError, match="no prompt file 'nowhere.txt'"):
         sample.main(cfg(trained, "one", prompt_file="nowhere.txt"))
     with pytest.raises(ConfigError, match="use one of prompt, prompt_file and interactive"):

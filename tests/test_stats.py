@@ -34,17 +34,17 @@ def test_three_pairs_against_the_closed_form(level):
     assert (effect.low, effect.high) == pytest.approx((mean - half, mean + half))
 
 
-def test_what_pairs_share_cancels_and_the_sign_is_that_of_treated_minus_control():
+def test_noise_shared_by_a_pair_cancels_and_the_sign_is_treated_minus_control():
     noise = [0.0, 100.0, -50.0, 7.0]
     effect = paired_difference([x - 1 + e for x, e in zip(noise, (0.1, -0.1, 0.1, -0.1), strict=True)], noise)
     assert effect.mean == pytest.approx(-1) and effect.high < -0.8 and effect.p < 0.001
     back = paired_difference(noise, [x - 1 for x in noise])
     assert back == (1, 1, 1, 0.0, 4)  # no spread at all
-    rounded = paired_difference([0.9, 1.9], [1.0, 2.0])  # -0.1 twice, but for the last bits
+    rounded = paired_difference([0.9, 1.9], [1.0, 2.0])  # -0.1 twice, up to the last bits
     assert rounded.low == rounded.high == rounded.mean == pytest.approx(-0.1) and rounded.p == 0
 
 
-def test_where_nothing_can_be_tested():
+def test_too_few_pairs_and_no_spread():
     one = paired_difference([3.0], [4.0])
     assert one.mean == -1 and (one.low, one.high) == (-math.inf, math.inf) and math.isnan(one.p)
     assert paired_difference([3.0, 4.0], [3.0, 4.0]) == (0, 0, 0, 1.0, 2)
@@ -55,7 +55,7 @@ def test_where_nothing_can_be_tested():
 
 
 def test_holm_is_the_closure_of_bonferroni():
-    """A hypothesis is rejected if every set of hypotheses it is in is, by its smallest p (Marcus 1976)."""
+    """A hypothesis is rejected if every set that contains it is rejected by its smallest p (Marcus 1976)."""
     rng = random.Random(1)
     for n in (1, 2, 3, 5):
         for _ in range(20):
@@ -65,7 +65,7 @@ def test_holm_is_the_closure_of_bonferroni():
             assert holm(p) == pytest.approx(closed)
 
 
-def test_holm_does_not_count_what_was_not_tested():
+def test_holm_does_not_count_nan():
     assert holm([]) == []
     adjusted = holm([0.04, math.nan, 0.01])
     assert adjusted[0] == 0.04 and math.isnan(adjusted[1]) and adjusted[2] == 0.02

@@ -1,4 +1,4 @@
-"""sweep.py: its table against the runs' own logs, stopping and going on, refusals; on real small runs."""
+"""sweep.py: its table against the runs' own logs, stopping and continuing, refusals; on real small runs."""
 import dataclasses
 import json
 import math
@@ -41,7 +41,7 @@ def no_more_runs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(corpus, tmp_path_factory):
-    """Two learning rates x two seeds, stopped by SIGTERM after the first run, then gone on with."""
+    """Two learning rates x two seeds, stopped by SIGTERM after the first run, then continued."""
     out_dir = tmp_path_factory.mktemp("sweep")
     cfg = SweepConfig(**options(corpus, out_dir, grid=("lr=3e-3,3e-4",), seeds=2, jobs=2))
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def test_an_arm_is_written_as_a_config_file(tmp_path):
     assert arm.cfg.eval_lens == (64, 256, 512) and not arm.cfg.flash and arm.cfg.qk_norm
 
 
-def test_all_mistakes_are_found_before_anything_runs():
+def test_all_mistakes_are_reported_before_anything_runs():
     with pytest.raises(ConfigError) as error:
         load(SweepConfig, ["config/demo.py", "--arm=activation=relu3", "--arm=drpout=0.1",
                            "--arm=d_model=130", "--grid=lr=1e-3,fast", "--arm=seed=7", "--arm=lr=3e-3",
@@ -107,13 +107,23 @@ def test_all_mistakes_are_found_before_anything_runs():
         SweepConfig(grid=("lr",))
     with pytest.raises(ConfigError, match="seeds must be at least 1, got 0(?s:.*)max_minutes would end"):
         SweepConfig(seeds=0, max_minutes=3)
+    with pytest.raises(ConfigError, match="script must be given as the flag --script=quantize, with '='"):
+        SweepConfig(script="quantize")
+
+
+@pytest.mark.parametrize("script, message", [
+    ("nowhere", "no script 'nowhere.py' to sweep"), ("muon", "muon.py makes no runs that can be compared"),
+    ("recall_probe", "recall_probe.py makes no runs that"), ("sweep", "sweep.py makes no runs that")])
+def test_scripts_that_cannot_be_swept_are_refused(script, message):
+    with pytest.raises(UserError, match=message):
+        sweep.sweep_config(script)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Runs and their table
 
 
-def test_table_is_what_the_runs_logged(finished, corpus):
+def test_the_table_shows_what_the_runs_logged(finished, corpus):
     cfg, out_dir, results = finished
     best = {}
     for arm in ("base", "lr-3e-4"):
@@ -134,13 +144,13 @@ def test_table_is_what_the_runs_logged(finished, corpus):
     for seed in (1, 2):
         assert f" {best['lr-3e-4', seed]:.4f} " in row
     assert f" {statistics.fmean(slow['scores'].values()):.4f} " in row and f" {slow['p']:.3g} " in row
-    assert "2 seeds show differences from about" in text and "runs at a time: 2" in text
+    assert "2 seeds can show differences of about" in text and "runs at a time: 2" in text
     saved = [json.loads(line) for line in open(out_dir / "tiny_sweep" / "results.jsonl")]
     assert saved[1]["p"] == slow["p"] and saved[0]["difference"] is None
     assert (out_dir / "tiny_sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_of_a_sweep_is_the_run_train_makes(finished, corpus, tmp_path):
+def test_a_run_of_a_sweep_equals_the_run_of_train(finished, corpus, tmp_path):
     _, _, results = finished
     alone = train.main(train.TrainConfig(**options(corpus, tmp_path, lr=3e-4, seed=2)))
     assert results[1]["scores"][2] == alone["result"]["loss"]
@@ -177,7 +187,7 @@ def test_runs_on_other_data_are_reported_and_not_used(finished, bpe_corpus, monk
 def test_a_failing_arm_is_named_and_the_others_are_kept(finished, corpus):
     cfg, out_dir, results = finished
     more = dataclasses.replace(cfg, grid=(), arm=("train_tokens=999999999", "lr=3e-4"), seeds=1)
-    planned = sweep.main(dataclasses.replace(more, dry_run=True))  # the grid's runs serve the same arms here
+    planned = sweep.main(dataclasses.replace(more, dry_run=True))  # it reuses the grid's runs
     assert planned["runs"] == ["tiny_train_tokens-999999999_s1"]
     with pytest.raises(UserError) as error:
         sweep.main(more)
@@ -210,7 +220,7 @@ def test_ctrl_c_reaches_the_runs_which_save(corpus, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Comparisons and places
+# Comparisons, threads and GPUs
 
 
 def made(scores: dict[str, list]) -> tuple[SweepConfig, list[sweep.Arm], list[sweep.Run]]:
@@ -219,18 +229,12 @@ def made(scores: dict[str, list]) -> tuple[SweepConfig, list[sweep.Arm], list[sw
     arms = [sweep.Arm(name, name, dataclasses.replace(train.TrainConfig(), lr=10.0 ** -i), [])
             for i, name in enumerate(scores)]
     row = {"script": "train", "counts": {"parameters": 1, "tokens": 5}, "seconds": 60.0, "commit": "abc"}
-    return (
-        cfg,
-        arms,
-        [
-            sweep.Run(arm, s, f"{arm.name}_{s}", None if x is None else row | {"result": {"loss": x}})
-            for arm in arms
-            for s, x in enumerate(scores[arm.name], 1)
-        ],
-    )
+    runs = [sweep.Run(arm, s, f"{arm.name}_{s}", None if x is None else row | {"result": {"loss": x}})
+            for arm in arms for s, x in enumerate(scores[arm.name], 1)]
+    return cfg, arms, runs
 
 
-def test_differences_are_of_equal_seeds():
+def test_differences_are_taken_seed_by_seed():
     cfg, arms, runs = made({"base": [1.0, 5.0, None, 3.0], "a": [0.9, 4.8, 7.0, None],
                             "b": [1.1, 5.2, 2.0, 3.05], "c": [None] * 4})
     base, a, b, c = sweep.compare(cfg, arms, runs)
@@ -242,21 +246,21 @@ def test_differences_are_of_equal_seeds():
     assert math.isnan(c["mean"]) and math.isnan(c["p_holm"]) and base["mean"] == 3.0
 
 
-def test_one_seed_says_nothing(tmp_path):
+def test_one_seed_shows_nothing(tmp_path):
     cfg, arms, runs = made({"base": [1.0], "a": [0.9]})
     results = sweep.compare(cfg, arms, runs)
     assert results[1]["difference"] == pytest.approx(-0.1)
     assert sweep.table(cfg, results).splitlines()[3].rstrip(" |").endswith("-0.1000")  # no interval, no p
-    assert "one seed says nothing" in " ".join(sweep.notes(cfg, results, runs))
+    assert "one seed shows nothing" in " ".join(sweep.notes(cfg, results, runs))
 
 
-def test_unequal_tokens_and_code_are_said():
+def test_unequal_tokens_and_code_are_reported():
     cfg, arms, runs = made({"base": [1.0, 2.0], "a": [0.9, 1.9]})
     plain = " ".join(sweep.notes(cfg, sweep.compare(cfg, arms, runs), runs))
     assert "tokens:" not in plain and "versions" not in plain
     runs[3].row |= {"counts": {"parameters": 1, "tokens": 9}, "commit": "def"}
     text = " ".join(sweep.notes(cfg, sweep.compare(cfg, arms, runs), runs))
-    assert "equally many tokens: 5 to 7" in text and "different versions of the code: abc, def" in text
+    assert "unequal numbers of tokens: 5 to 7" in text and "different versions of the code: abc, def" in text
 
 
 def test_jobs_share_threads_and_gpus(monkeypatch, tmp_path):

@@ -1,12 +1,14 @@
 """Wrong invocations, generated from the scripts' own options: each option x wrong type, negative, huge, nan,
-empty, a missing file, a file or folder of the wrong kind. None may end in a traceback, hang, or lose what was
-there.
+empty, a missing file, a file or folder of the wrong kind. None may end in a traceback, hang, or damage
+existing files.
 
-    PYTHONPATH=. python tests/wrong_invocations.py OUT CORPUS FINISHED_RUN [COUNT]   # a sample of COUNT
+    PYTHONPATH=. python tests/wrong_invocations.py OUT CORPUS FINISHED_RUN [COUNT [SEED]]
 
-Each is a forked child of this process, which has imported all scripts, with small settings; what is accepted
-(a huge number of steps is not wrong) is interrupted after some seconds, as by Ctrl-C. Prints a line of JSON.
+COUNT of them are sampled (0 = all) with SEED, by default the date as YYYYMMDD. Each runs in a forked child of
+this process, which has imported all scripts, with small settings. What is accepted (a huge number of steps is
+not wrong) is interrupted after some seconds, as by Ctrl-C. Prints a line of JSON, with the seed.
 """
+import datetime
 import hashlib
 import json
 import os
@@ -17,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import typing
 
 import bench
@@ -34,7 +37,7 @@ import torch
 torch.set_num_threads(1)
 SMALL = ["--device=cpu", "--dtype=fp32", "--d_model=8", "--n_layers=1", "--n_heads=1", "--max_seq_len=16",
          "--batch_size=2", "--epochs=0", "--max_steps=2", "--sample_tokens=2"]
-SECONDS = 4.0  # that an accepted invocation may run before it is interrupted
+SECONDS = 4.0  # after which an accepted invocation is interrupted
 
 
 def scripts(out: str, corpus: str, run: str) -> dict[str, tuple]:
@@ -60,7 +63,7 @@ def scripts(out: str, corpus: str, run: str) -> dict[str, tuple]:
 def values(kind, out: str) -> list[str]:
     """Wrong, or at least strange, values of an option of this type."""
     if kind in (int, float):
-        return ["x", "-1", "1e18", "1" + "0" * 30, "nan", "-inf", ""]
+        return ["x", "-1", "1e18", "1" + "0" * 30, "1" + "0" * 400, "nan", "-inf", ""]
     if kind is bool:
         return ["maybe", ""]
     if kind is str:
@@ -72,7 +75,7 @@ def values(kind, out: str) -> list[str]:
 
 
 def cases(out: str, corpus: str, run: str) -> list[tuple[str, list[str]]]:
-    """(script, its arguments) of them all."""
+    """All of them: (script, its arguments)."""
     found = []
     for name, (_, cls, good) in scripts(out, corpus, run).items():
         for option, kind in option_types(cls).items():
@@ -88,35 +91,33 @@ def cases(out: str, corpus: str, run: str) -> list[tuple[str, list[str]]]:
 
 
 def fingerprint(folder: str) -> str:
+    """A hash of everything in `folder` that scripts must not change."""
     digest = hashlib.sha256()
     for path, _, names in sorted(os.walk(folder)):
-        for name in sorted(
-            n for n in names if n not in ("int8.pt", "lock")
-        ):  # which are these scripts' to write
+        for name in sorted(set(names) - {"int8.pt", "lock"}):  # quantize and Run may write these
             digest.update(name.encode() + open(os.path.join(path, name), "rb").read())
     return digest.hexdigest()
 
 
 def invoke(main, cls, argv: list[str], out: str) -> tuple[int, str, float]:
-    """(exit code, what it said on stderr, seconds) of a script with these arguments."""
+    """(exit code, stderr, seconds) of a script with these arguments."""
     log, began = os.path.join(out, "stderr"), time.monotonic()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # shells' background jobs ignore it
             for descriptor, path in ((0, os.devnull), (1, os.devnull), (2, log)):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), descriptor)
             sys.stdin, sys.stdout, sys.stderr = (
-                os.fdopen(i, "r" if i == 0 else "w", buffering=1) for i in range(3)
-            )
+                os.fdopen(i, "w" if i else "r", buffering=1) for i in range(3))
             sys.argv = ["script.py", *argv]
             launch(main, cls)
             code = 0
         except SystemExit as e:
             code = e.code or 0
         except BaseException:
-            import traceback
             traceback.print_exc()
         finally:
             sys.stderr.flush()
@@ -136,7 +137,7 @@ def invoke(main, cls, argv: list[str], out: str) -> tuple[int, str, float]:
     return os.waitstatus_to_exitcode(ended[1]), said, time.monotonic() - began
 
 
-def main(out: str, corpus: str, run: str, count: int = 0) -> None:
+def main(out: str, corpus: str, run: str, count: int = 0, seed: int | None = None) -> None:
     os.makedirs(os.path.join(out, "folder"))
     for name in ("binary.pt", "binary.py"):
         with open(os.path.join(out, name), "wb") as f:
@@ -144,9 +145,9 @@ def main(out: str, corpus: str, run: str, count: int = 0) -> None:
     known, before, failures = scripts(out, corpus, run), fingerprint(run), []
     with open(os.path.join(run, "last.pt"), "rb") as whole, open(os.path.join(out, "half.pt"), "wb") as half:
         half.write(whole.read()[:2000])
+    seed = int(datetime.date.today().strftime("%Y%m%d")) if seed is None else seed
     todo = cases(out, corpus, run)
-    if count:
-        todo = random.Random(time.time()).sample(todo, count)
+    todo = random.Random(seed).sample(todo, count) if count else todo
     slowest = (0.0, "")
     for n, (name, argv) in enumerate(todo):
         entry, cls, _ = known[name]
@@ -159,11 +160,9 @@ def main(out: str, corpus: str, run: str, count: int = 0) -> None:
         for folder in ("out", "data"):
             shutil.rmtree(os.path.join(out, folder), ignore_errors=True)
         if sys.stderr.isatty() or os.environ.get("SHOW"):
-            print(
-                f"{n + 1}/{len(todo)} {seconds:.1f}s {len(failures)} failed  {name} {argv[-1][:70]!r}",
-                file=sys.stderr,
-            )
-    print(json.dumps({"tried": len(todo), "failures": failures, "slowest": slowest}))
+            print(f"{n + 1}/{len(todo)} {seconds:.1f}s {len(failures)} failed  {name} {argv[-1][:70]!r}",
+                  file=sys.stderr)
+    print(json.dumps({"seed": seed, "tried": len(todo), "failures": failures, "slowest": slowest}))
 
 
 if __name__ == "__main__":
