@@ -5,13 +5,13 @@
     loss, _ = model(tokens, targets)                      # (B, T), (B, T) -> scalar
     for token in model.generate(prompt, 100): ...         # (B, T) -> (B, 1) per step, with a KV cache
 
-LM = embedding -> trunk -> final norm -> head. The trunk is a stack of blocks: norm -> mixer -> add, norm ->
-feed-forward -> add (or the gated context vector, a loop of its own). To try another mixer, write a class like
-Attention and name it in MIXERS. A layer says in `specs` how each of its parameters starts and which maps a
-matrix holds (common/layers.py); what is not architecture is in common/: decoding in generation.py, fast
-attention in attention.py, contradictory flags in checks.py.
+LM = embedding -> trunk -> final norm -> head. The trunk is a stack of blocks, x + mixer(norm(x)) and then
+x + ff(norm(x)), or the gated context vector, a loop over tokens. To try another mixer, write a class like
+Attention and add it to MIXERS. A layer declares in `specs` how its parameters start and which maps a matrix
+holds (common/layers.py). Not architecture, so elsewhere: decoding (common/generation.py), fast attention
+(common/attention.py), checks for contradictory flags (common/checks.py).
 
-Shapes: B batch, T tokens of this call, S tokens they may see (T and those in the cache), C width (d_model), H
+Shapes: B batch, T tokens of this call, S tokens they may see (T plus the cached ones), C width (d_model), H
 heads, G key/value heads, D head size (C / H), W window, F feed-forward width (d_ff), K context width
 (context_dim), E experts, V vocabulary
 """
@@ -19,33 +19,23 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from common import checkpoint, generation, int8
+from common import checkpoint, generation, int8, layers
 from common.attention import causal_mask, fast_attention, is_slower
 from common.checks import model_problems
 from common.config import Config
 from common.distributed import DTYPES
 from common.generation import DecodingState, KVCache, RecurrentState
 from common.head_loss import cross_entropy
-from common.layers import (
-    ONES,
-    ZEROS,
-    Embedding,
-    ExpertLinear,
-    Linear,
-    Spec,
-    declared,
-    factor_std,
-    linear,
-    rows_per_expert,
-    share,
-)
+from common.layers import ONES, ZEROS, Embedding, Linear, Spec, factor_std, linear, share
 from common.recurrence import gated_loop, linear_scan, one_by_one, step_by_step
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
+NORMS = {"layernorm": lambda cfg: nn.LayerNorm(cfg.d_model, bias=cfg.bias),
+         "rmsnorm": lambda cfg: nn.RMSNorm(cfg.d_model, eps=1e-5)}
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h).square()}
 GATED_ACTIVATIONS = {"swiglu": F.silu}  # act(gate) * h
 
@@ -57,43 +47,43 @@ GATED_ACTIVATIONS = {"swiglu": F.silu}  # act(gate) * h
 class ModelConfig(Config):
     # model
     vocab_size: int = 0  # rows of the embedding table; 0 = the tokenizer's vocabulary
-    n_tokens: int = 0  # ids the tokenizer has; rows above are padding and never sampled; 0 = vocab_size
-    max_seq_len: int = 512  # training context in tokens; the size of the position table with pos=learned
+    n_tokens: int = 0  # ids the tokenizer has; rows above are padding, never sampled; 0 = vocab_size
+    max_seq_len: int = 512  # training context in tokens; rows of the position table with pos=learned
     d_model: int = 128  # width C of the residual stream
-    n_layers: int = 4  # blocks; with the gated context the ReLU layers of its loop
-    mixer: "Literal[tuple(MIXERS)]" = "attention"  # attention | context | lstm: fixed-size states
+    n_layers: int = 4  # blocks; for the gated context, ReLU layers inside its loop
+    mixer: "Literal[tuple(MIXERS)]" = "attention"  # attention | context | lstm: two of fixed-size state
     context_update: "Literal[tuple(MIXERS['context'])]" = "gated"  # gated | scan: gates read the token alone
-    context_dim: int = 0  # width K of a context vector, or of an LSTM's state; 0 = d_model
-    short_conv: int = 0  # a causal convolution over so many tokens before each mixer; 0 = none
+    context_dim: int = 0  # width K of the context vector or the LSTM's state; 0 = d_model
+    short_conv: int = 0  # causal convolution over this many tokens before each mixer; 0 = none
     n_heads: int = 4  # attention heads H
-    n_kv_heads: int = 0  # heads G of keys and values (grouped queries); 0 = n_heads
+    n_kv_heads: int = 0  # key/value heads G (grouped queries); 0 = n_heads
     d_ff: int = 0  # hidden width of the feed-forward; 0 = 4 * d_model
     activation: Literal[(*ACTIVATIONS, *GATED_ACTIVATIONS)] = "gelu"  # gelu | relu | relu2 (squared) | swiglu
-    n_unique_blocks: int = 0  # layer i has the weights of layer i mod n; 0 = each its own
+    n_unique_blocks: int = 0  # layer i reuses the weights of layer i mod n; 0 = no reuse
     adapter_rank: int = 0  # each layer adds 0.1 * (C -> rank -> C) of its input, never shared; 0 = none
-    proj_rank: int = 0  # matrices of mixer and feed-forward as two, in -> rank -> out; 0 = whole
-    qkv_share: int = 0  # so many blocks in a row share a QKV matrix; each layer scales and shifts; 0 = none
-    n_experts: int = 0  # feed-forwards in a pool that all layers share, one for each token; 0 = no pool
-    expert_balance: float = 0.01  # weight of the loss that keeps the experts' loads even
-    embed_rank: int = 0  # the table is V x rank, then rank -> C, and back before the head; 0 = V x C
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before each mixer and feed-forward, and at the end
+    proj_rank: int = 0  # matrices of mixer and feed-forward factorised as in -> rank -> out; 0 = full rank
+    qkv_share: int = 0  # this many consecutive blocks share a QKV matrix, each scales and shifts it; 0 = none
+    n_experts: int = 0  # feed-forwards in one pool for all layers, one used per token; 0 = no pool
+    expert_balance: float = 0.01  # weight of the loss that keeps the experts evenly loaded
+    embed_rank: int = 0  # embedding factorised as V x rank, rank x C, and the head likewise; 0 = V x C
+    norm: Literal[tuple(NORMS)] = "layernorm"  # before each mixer and feed-forward, and at the end
     bias: bool = True  # biases on linear layers and LayerNorm
-    head_bias: bool = True  # a bias of size V on the output
-    tie_embeddings: bool = True  # the head's matrix is the embedding's
+    head_bias: bool = True  # a bias of size V on the logits
+    tie_embeddings: bool = True  # head and embedding share one matrix
     pos: Literal["learned", "rope", "none"] = "learned"  # positions; rope has no length limit
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    qk_norm: bool = False  # normalise queries and keys per head (no weights of its own)
-    attn_scale: bool = False  # a learned factor per head on the scores, 1 at the start
-    attn_sink: bool = False  # a learned logit per head that takes part in the softmax and has no value
+    qk_norm: bool = False  # normalise queries and keys per head, without weights
+    attn_scale: bool = False  # learnable factor per head on the scores, 1 at the start
+    attn_sink: bool = False  # learnable score per head for an extra key without a value
     window: int = 0  # tokens a local layer sees, the query's own included; 0 = every layer sees all
-    global_every: int = 0  # with a window: layers n, 2n, ... (counted from 1) see all; 0 = none does
+    global_every: int = 0  # with a window: every n-th layer sees all tokens; 0 = none does
     flash: bool = True  # fused attention, O(T) memory; false = written out, the same numbers
-    zero_init: bool = False  # the matrices that write to the residual stream start at zero
-    dropout: float = 0.0  # on the embedding, attention weights and each block's two outputs
+    zero_init: bool = False  # matrices that write to the residual stream start at zero
+    dropout: float = 0.0  # on the embedding, the attention weights and each block's two outputs
 
     @property
     def core(self) -> type[nn.Module]:
-        """The mixer's class, or the gated context's, a whole trunk."""
+        """The mixer's class; for the gated context the class of the whole trunk."""
         mixer = MIXERS[self.mixer]
         return mixer[self.context_update] if isinstance(mixer, dict) else mixer
 
@@ -115,13 +105,13 @@ class ModelConfig(Config):
 
 
 def attention(q, k, v, window: int, filled, dropout: float, sink):
-    """Softmax of q k / sqrt(D) over the keys each query may see, times v: q (B, H, T, D), the last T of the S
-    tokens of k and v (B, G, S, D) -> (B, H, T, D). A single query sees all keys, or those that are `filled`
-    (1, S) in a ring cache. A `sink` (H,) is one more key, whose score is learned and whose value is 0: heads
-    need not attend to anything (gpt-oss, 2508.10925)."""
+    """Softmax attention, written out: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D). The queries are
+    the last T of the S tokens; each sees itself and what came before, at most `window` tokens. A single query
+    sees all keys, or the slots of a ring cache that are `filled` (1, S). `sink` (H,) scores one more key,
+    whose value is 0, so that a head need not attend to anything (gpt-oss, 2508.10925)."""
     (B, H, T, D), (_, G, S, _) = q.shape, k.shape
     mask = filled if T == 1 else causal_mask(T, S, window if window < S else 0, q.device)
-    if T == 1:  # the queries of a group are rows of one matmul
+    if T == 1:  # the queries of a group become rows of one matmul
         q = q.view(B, G, H // G, D)
     elif G < H:
         k, v = k.repeat_interleave(H // G, dim=1), v.repeat_interleave(H // G, dim=1)  # (B, H, S, D)
@@ -135,27 +125,12 @@ def attention(q, k, v, window: int, filled, dropout: float, sink):
     return (F.dropout(weights, dropout) @ v).view(B, H, T, D)
 
 
-def rope_angles(positions, head_size: int, theta: float):
-    """cos and sin (T, D/2) of positions (T,): pair i turns by positions * theta^(-2i/D) (RoFormer,
-    2104.09864). In float32 always: bf16 has 8 bits and cannot tell position 256 from 257."""
-    exponents = torch.arange(0, head_size, 2, device=positions.device).float() / head_size  # (D/2,)
-    angles = positions.float()[:, None] * theta ** -exponents  # (T, D/2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle: the half-split layout of Llama and
-    Qwen."""
-    a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
-
-
 class Attention(nn.Module):
     """Causal self-attention with grouped queries: each of G key/value heads serves H/G query heads. With a
     window a token sees itself and the window - 1 before it, in O(T W) time and memory.
 
-    A mixer maps (B, T, C) to (B, T, C), looks only backward, and keeps what it needs for decoding in a state
-    of its own (common/generation.py). It names the flags it `refuses`, as it would ignore them, and `needs`.
+    A mixer maps (B, T, C) to (B, T, C), looks only backward, and keeps what decoding needs in a state of its
+    own (common/generation.py). `refuses` names the flags it would ignore, `needs` those it depends on.
     """
 
     refuses, needs = ("context_dim", "context_update"), {}
@@ -204,9 +179,24 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
 
     def extra_flops(self, seq_len: int) -> int:
-        """Forward and backward per token, beyond the matmuls with weights: not discounted for the causal half
-        (PaLM, appendix B, the convention of published MFU figures); W for T where that is less."""
+        """Forward and backward per token, beyond matmuls with weights; not halved for the causal mask, as in
+        published MFU figures (PaLM, appendix B); min(T, W) keys."""
         return 12 * self.cfg.d_model * min(self.window or seq_len, seq_len)
+
+
+def rope_angles(positions, head_size: int, theta: float):
+    """cos and sin (T, D/2) of positions (T,): pair i turns by positions * theta^(-2i/D) (RoFormer,
+    2104.09864). Always in float32: bf16 cannot tell position 256 from 257."""
+    exponents = torch.arange(0, head_size, 2, device=positions.device).float() / head_size  # (D/2,)
+    angles = positions.float()[:, None] * theta ** -exponents  # (T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle: the half-split layout of Llama and
+    Qwen."""
+    a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,12 +206,14 @@ ATTENTION_FLAGS = ("n_kv_heads", "qkv_share", "qk_norm", "attn_scale", "attn_sin
 
 
 class ContextScan(nn.Module):
-    """c_t = f_t c_{t-1} + (1 - f_t) u_t, whose gate f and candidate u read the token alone: a linear
-    recurrence, so all positions at once (minGRU, 2410.01201). Read through a third gate, silu(o_t) c_t:
-    without it the recall probe learned no pair. Deeper layers read what those below remember."""
+    """c_t = f_t c_{t-1} + (1 - f_t) u_t, where the gate f and the candidate u depend on the token alone: a
+    linear recurrence, computed for all positions at once (minGRU, 2410.01201). It is read through a third
+    gate, silu(o_t) c_t: without it the recall probe learned nothing. Deeper layers read what those below
+    remember."""
 
-    refuses, needs = ATTENTION_FLAGS, {"pos": "none"}  # its state knows the order
-    unseen_memory = 1.1  # activations beyond those autograd's hooks see: the scan's buffers, measured
+    refuses, needs = ATTENTION_FLAGS, {"pos": "none"}  # the state itself encodes order
+    init_state = RecurrentState
+    unseen_memory = 1.1  # memory of the scan's buffers, which autograd's hooks do not see; measured
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -237,27 +229,22 @@ class ContextScan(nn.Module):
 
         self.specs = {"forget_bias": Spec(half_lives)}
 
-    def init_state(self) -> RecurrentState:
-        return RecurrentState()
-
     def forward(self, x, rope, state: RecurrentState | None):
         f, u, o = self.gates(x).chunk(3, dim=-1)  # (B, T, K) each
-        f, u = torch.sigmoid(f.float() + self.forget_bias), u.float()  # float32 for what is summed up over T
+        f, u = torch.sigmoid(f.float() + self.forget_bias), u.float()  # float32, since they add up over T
         c = state.tensors[0] if state and state.tensors else u.new_zeros(u.size(0), self.width)  # (B, K)
-        if x.size(1) == 1:
-            y = torch.lerp(u, c[:, None], f)  # (B, 1, K)
-        else:
-            y = linear_scan(f, (1 - f) * u, c)  # (B, T, K)
+        y = linear_scan(f, (1 - f) * u, c)  # (B, T, K)
         if state:
-            state.tensors = (y[:, -1].detach().clone(),)  # not a view, which would keep all of y
+            state.tensors = (y[:, -1].detach().clone(),)  # a view would keep all of y alive
         return self.proj(F.silu(o) * y.to(o.dtype))  # (B, T, C)
 
 
 class LSTM(nn.Module):
-    """torch's LSTM of width K, and a matmul back to C."""
+    """torch's LSTM of width K and a matmul back to C."""
 
     refuses, needs = (*ATTENTION_FLAGS, "context_update", "proj_rank"), {"pos": "none"}
-    unseen_memory = 1.5  # activations beyond those autograd's hooks see: measured 1.36 in fp32, 1.6 in bf16
+    init_state = RecurrentState
+    unseen_memory = 1.5  # activations that autograd's hooks do not see: measured 1.36 in fp32, 1.6 in bf16
 
     def __init__(self, cfg: ModelConfig, layer: int):
         super().__init__()
@@ -266,14 +253,8 @@ class LSTM(nn.Module):
         self.gates = Linear(cfg.d_model, 4 * self.width, cfg.bias, cfg.d_model ** -0.5, maps)
         self.recur = Linear(self.width, 4 * self.width, False, std, maps)
         self.proj = residual_linear(cfg, self.width)
-
-        def remember(p):  # at first (Jozefowicz et al., 2015)
-            p.zero_()[self.width:2 * self.width] = 1.0
-
-        self.gates.specs["bias"] = Spec(remember)
-
-    def init_state(self) -> RecurrentState:
-        return RecurrentState()
+        # forget gates start open (Jozefowicz et al., 2015)
+        self.gates.specs["bias"] = Spec(lambda p: p.zero_()[self.width:2 * self.width].fill_(1.0))
 
     def forward(self, x, rope, state: RecurrentState | None):
         zeros = x.new_zeros(x.size(0), self.width)
@@ -283,7 +264,7 @@ class LSTM(nn.Module):
         else:
             weights = [self.gates.weight, self.recur.weight]
             if self.gates.bias is not None:
-                weights += [self.gates.bias, torch.zeros_like(self.gates.bias)]  # it wants two
+                weights += [self.gates.bias, torch.zeros_like(self.gates.bias)]  # torch wants two biases
             y, h, c = torch.lstm(x, (h[None], c[None]), weights, has_biases=len(weights) == 4, num_layers=1,
                                  dropout=0.0, train=self.training, bidirectional=False, batch_first=True)
             h, c = h[0], c[0]  # (B, K) each; y is (B, T, K)
@@ -292,7 +273,7 @@ class LSTM(nn.Module):
         return self.proj(y)  # (B, T, C)
 
     def step(self, x, h, c):
-        """One token: x (B, C), h and c (B, K) -> h and c."""
+        """One token: x (B, C), h and c (B, K) -> the next h and c."""
         gates = (self.gates(x[:, None]) + self.recur(h[:, None]))[:, 0]  # (B, 4 K)
         i, f, g, o = gates.chunk(4, dim=-1)  # (B, K) each
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -300,20 +281,16 @@ class LSTM(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Each channel's sum over the last tokens, with learned weights; at the start the token itself. Mixers
-    that compare tokens one by one need it to see pairs (Zoology, 2312.04927)."""
+    """A causal convolution over the last few tokens, separately for each channel; it starts as the identity.
+    Mixers that compare tokens one by one need it to see pairs (Zoology, 2312.04927)."""
 
-    unseen_memory = 1.28  # the gradients of its shifted copies: measured 1.18 in fp32, 1.39 in bf16
+    unseen_memory = 1.28  # gradients of its shifted copies: measured 1.18 in fp32, 1.39 in bf16
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.taps = cfg.short_conv
         self.weight = nn.Parameter(torch.empty(self.taps, cfg.d_model))
-
-        def identity(p):
-            p.zero_()[-1] = 1.0
-
-        self.specs = {"weight": Spec(identity)}
+        self.specs = {"weight": Spec(lambda p: p.zero_()[-1].fill_(1.0))}
 
     def forward(self, x, state):
         """x (B, T, C) -> (B, T, C)"""
@@ -329,11 +306,11 @@ class ShortConv(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Feed-forward
+# Blocks
 
 
 class FeedForward(nn.Module):
-    """With experts a pool of them, to be told `where` each row goes (see ExpertLinear)."""
+    """With experts a pool of them: `where` then says which rows go to which (see layers.ExpertLinear)."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -353,66 +330,41 @@ class FeedForward(nn.Module):
         return self.down(self.activation(h), *where)
 
 
-class Router(nn.Linear):
-    """In float32 always: a choice between near equals should not hang on 8 bits (Switch, 2101.03961)."""
-
-    specs = {"weight": Spec(0.02)}
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
-
-
 class Experts(nn.Module):
     """p_e * FFN_e(x) for the most probable expert e of each token, p = softmax(router(x)) (Switch,
-    2101.03961). No token is dropped, so that decoding equals one pass."""
+    2101.03961). No token is dropped, so that decoding token by token equals one pass."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        self.router = Router(cfg.d_model, cfg.n_experts, bias=False)
+        self.router = layers.Router(cfg.d_model, cfg.n_experts, bias=False)
         self.pool = FeedForward(cfg)
 
     def forward(self, x):
-        """x (B, T, C) -> (B, T, C), and in training for each sequence a loss (B,) that is 1 where the
-        experts' loads are even: Switch's, but of each sequence alone, so that it depends on no
-        micro-batch."""
+        """x (B, T, C) -> (B, T, C), and in training each sequence's balance loss (B,), which is 1 for evenly
+        loaded experts. Switch takes it over the batch; per sequence it does not depend on the micro-batch."""
         p = self.router(x).softmax(dim=-1)  # (B, T, E)
         p_best, expert = p.max(dim=-1)  # (B, T) each
-        one_step = torch.compiler.is_compiling() and x.size(1) == 1  # no sizes that depend on data
-        y = (self.pool if one_step else self.grouped)(x.flatten(0, 1), expert.flatten())  # (B * T, C)
+        rows, where = x.flatten(0, 1), expert.flatten()  # (B * T, C), (B * T,)
+        if torch.compiler.is_compiling() and x.size(1) == 1:  # sizes that depend on data do not compile
+            y = self.pool(rows, where)  # (B * T, C)
+        else:
+            y = layers.by_expert(self.pool, rows, where, p.size(-1))  # (B * T, C)
         y = (y.view(x.shape) * p_best[..., None]).to(x.dtype)  # (B, T, C)
         if not self.training:
             return y, None
         load = F.one_hot(expert, p.size(-1)).float().mean(dim=1)  # (B, E)
         return y, (load * p.mean(dim=1)).sum(dim=-1)  # (B,)
 
-    @torch.compiler.disable  # it would be compiled again for each number of rows
-    def grouped(self, x, expert):
-        """Each row of x (N, C) through its expert (N,), all rows of an expert at once."""
-        order = expert.argsort(stable=True)
-        sizes = rows_per_expert(expert, self.router.out_features)
-        # index_select: the gradient of x[order] takes three times as long on a CPU
-        return self.pool(x.index_select(0, order), sizes).index_select(0, order.argsort())  # (N, C)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Trunks
-
 
 def residual_linear(cfg: ModelConfig, n_in: int, n_experts: int = 0) -> nn.Module:
-    """A map to the residual stream: smaller with depth, so that the stream's variance does not grow with it
-    (GPT-2)."""
+    """A map to the residual stream, smaller at the start in deeper models, so that the stream's variance does
+    not grow with depth (GPT-2)."""
     return linear(n_in, cfg.d_model, cfg.bias, std=0.02 / math.sqrt(2 * cfg.n_layers), zero=cfg.zero_init,
                   rank=cfg.proj_rank, n_experts=n_experts)
 
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
-    if cfg.norm == "rmsnorm":
-        norm = nn.RMSNorm(cfg.d_model, eps=1e-5)
-    elif cfg.norm == "layernorm":
-        norm = nn.LayerNorm(cfg.d_model, bias=cfg.bias)
-    else:
-        raise NotImplementedError(f"norm={cfg.norm}")
+    norm = NORMS[cfg.norm](cfg)
     norm.specs = {"weight": ONES, "bias": ZEROS}
     return norm
 
@@ -423,14 +375,12 @@ class Block(nn.Module):
         self.mixer_norm, self.conv = make_norm(cfg), ShortConv(cfg) if cfg.short_conv else None
         self.mixer = cfg.core(cfg, layer)
         self.ff_norm, self.ff = make_norm(cfg), Experts(cfg) if cfg.n_experts else FeedForward(cfg)
-        self.adapter = None
-        if cfg.adapter_rank:
-            self.adapter = linear(cfg.d_model, cfg.d_model, std=0.02 / math.sqrt(2 * cfg.n_layers), zero=True,
-                                  rank=cfg.adapter_rank)
+        self.adapter = linear(cfg.d_model, cfg.d_model, std=0.02 / math.sqrt(2 * cfg.n_layers), zero=True,
+                              rank=cfg.adapter_rank) if cfg.adapter_rank else None
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x, rope, state):
-        """x (B, T, C) -> (B, T, C), and the loss (B,) for even loads of experts, or None."""
+        """x (B, T, C) -> (B, T, C), and the experts' balance loss (B,) or None."""
         given, y = x, self.mixer_norm(x)
         if self.conv is not None:
             y = self.conv(y, state)
@@ -442,7 +392,7 @@ class Block(nn.Module):
 
 
 class Blocks(nn.ModuleList):
-    """A stack of blocks, some of whose weights may be shared."""
+    """A stack of blocks, some of which may share weights."""
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(Block(cfg, i) for i in range(cfg.n_layers))
@@ -461,14 +411,13 @@ class Blocks(nn.ModuleList):
         return [block.mixer.init_state() for block in self]
 
     def forward(self, x, positions, states: list | None, balances: list | None = None):
-        """x (B, T, C) at positions (T,) -> (B, T, C). Each layer's loss for even loads (B,) is appended to
+        """x (B, T, C) at positions (T,) -> (B, T, C). Each layer's balance loss (B,) is appended to
         `balances`."""
-        rope = None
-        if self.cfg.pos == "rope":
-            rope = rope_angles(positions, self.cfg.d_model // self.cfg.n_heads, self.cfg.rope_theta)
+        rope = rope_angles(positions, self.cfg.d_model // self.cfg.n_heads, self.cfg.rope_theta) \
+            if self.cfg.pos == "rope" else None
         for i, block in enumerate(self):
             if self.checkpoint_activations and torch.is_grad_enabled():
-                x, balance = torch.utils.checkpoint.checkpoint(block, x, rope, None, use_reentrant=False)
+                x, balance = recomputed(block, x, rope, None, use_reentrant=False)
             else:
                 x, balance = block(x, rope, states[i] if states else None)
             if balances is not None:
@@ -477,18 +426,18 @@ class Blocks(nn.ModuleList):
 
 
 class GatedContext(nn.Module):
-    """A trunk without attention, from (B, T, C) to (B, T, F):
+    """A trunk without attention, (B, T, C) to (B, T, F):
 
         h_t = n_layers ReLU layers of [x_t; c_{t-1}]
         c_t = clamp(LayerNorm(sigmoid(W_f h_t) c_{t-1} + sigmoid(W_i h_t) W_u h_t), +-10), c_0 = 0
 
-    All it remembers is the context vector c (K). The scales of its input and of what is repeated along the
-    text are kept: He's rule for ReLU layers (1502.01852), 1 / sqrt(fan-in) for gates."""
+    The context vector c (K) is all it remembers. Initial scales keep the size of its input and of what is
+    repeated along the text: He's rule for ReLU layers (1502.01852), 1 / sqrt(fan-in) for gates."""
 
     refuses = (*ATTENTION_FLAGS, "n_unique_blocks", "adapter_rank", "proj_rank", "n_experts", "zero_init",
                "short_conv")
     needs = {"pos": "none", "activation": "relu", "norm": "layernorm", "bias": True}
-    depth = 2  # for common/fit.py: its backward keeps gradients of all layers, about half of the whole
+    depth = 2  # for common/fit.py: its backward holds gradients of all layers, about half of the total
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
@@ -506,9 +455,7 @@ class GatedContext(nn.Module):
 
     def forward(self, x, positions, states: list | None, balances: list | None = None):
         state = states[0] if states else None
-        c = state.tensors[0] if state and state.tensors else None
-        if c is None:
-            c = x.new_zeros(x.size(0), self.width, dtype=torch.float32)  # (B, K)
+        c = state.tensors[0] if state and state.tensors else x.new_zeros(len(x), self.width).float()  # (B, K)
         if one_by_one(x, self.gates):
             h, _, c = step_by_step(self.step, x, None, c)  # (B, T, F)
         else:  # the same for all positions, see common/recurrence.py
@@ -524,7 +471,7 @@ class GatedContext(nn.Module):
 
     def step(self, x, _, c):
         """The equations for one token: x (B, C), c (B, K) in float32 -> h (B, F), c."""
-        h = torch.cat((x, c.to(x.dtype)), dim=-1)[:, None]  # (B, 1, C + K): three dimensions, as Linear wants
+        h = torch.cat((x, c.to(x.dtype)), dim=-1)[:, None]  # (B, 1, C + K): Linear wants three dimensions
         for layer in self.layers:
             h = F.relu(layer(h))  # (B, 1, F)
         f, i, u = self.gates(h)[:, 0].float().chunk(3, dim=-1)  # (B, K) each
@@ -544,11 +491,9 @@ class LM(nn.Module):
         super().__init__()
         if not cfg.vocab_size:
             raise ValueError("vocab_size is 0: set it, or take it from the tokenizer as train.py does")
-        self.cfg = cfg
-        self.n_tokens = cfg.n_tokens or cfg.vocab_size
-        width = cfg.embed_rank or cfg.d_model
-        table_std = factor_std(0.02, cfg.embed_rank)
-        # beside a context of standard deviation 1, with no norm before, embeddings have that too
+        self.cfg, self.n_tokens = cfg, cfg.n_tokens or cfg.vocab_size
+        width, table_std = cfg.embed_rank or cfg.d_model, factor_std(0.02, cfg.embed_rank)
+        # the gated context has standard deviation 1 and no norm before it, so embeddings match that
         embed_std = factor_std(1.0, cfg.embed_rank) if cfg.gated and not cfg.tie_embeddings else table_std
         self.embed = Embedding(cfg.vocab_size, width, embed_std)
         self.embed_up = self.pos_embed = self.head_in = None
@@ -570,8 +515,8 @@ class LM(nn.Module):
 
     @torch.no_grad()
     def init_parameters(self) -> None:
-        """As each layer's specs say: normal with a standard deviation, or a function of its own."""
-        for _, p, spec in declared(self):
+        """As each layer's specs say: normal with a standard deviation, or by a function."""
+        for _, p, spec in layers.declared(self):
             spec.start(p) if callable(spec.start) else p.normal_(0, spec.start)
 
     def forward(self, tokens, targets=None, state: DecodingState | None = None):
@@ -579,16 +524,16 @@ class LM(nn.Module):
         target, state).
 
         Targets of -1 do not count. A `state` from init_state() is advanced in place, so that the next call
-        continues where this one ended: decoding T tokens one by one equals one pass over T tokens. Without
-        one, None is returned. With experts the loss in training mode has expert_balance times the mean of the
-        layers' losses for even loads in it, where a sequence weighs as much as it has targets.
+        continues where this one ended: decoding T tokens one by one equals one pass over T tokens. With
+        experts, the loss in training mode includes expert_balance times the layers' mean balance loss, in
+        which a sequence weighs as much as it has targets.
         """
         balances = []
         x = self.hidden(tokens, state, balances)  # (B, T, C)
         if targets is None:
             return self.head(x), state  # (B, T, V)
-        head = self.head  # the loss never holds all logits: see head_loss.py
-        loss = cross_entropy(x.flatten(0, 1), head.weight, head.bias, targets.flatten())
+        # fused: all logits are never held at once
+        loss = cross_entropy(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten())
         if self.training and self.cfg.n_experts:
             counted = (targets >= 0).sum(dim=1) / (targets >= 0).sum().clamp(min=1)  # (B,)
             uneven = sum(self.cfg.n_experts * (b * counted).sum() for b in balances) / len(balances)
@@ -596,8 +541,8 @@ class LM(nn.Module):
         return loss, state
 
     def hidden(self, tokens, state: DecodingState | None = None, balances: list | None = None):
-        """tokens (B, T) -> the head's input: the final norm's output (B, T, C), with embed_rank brought down
-        to (B, T, rank). Each layer's loss (B,) for even loads of experts is appended to `balances`."""
+        """tokens (B, T) -> the head's input: the final norm's output (B, T, C), with embed_rank reduced to
+        (B, T, rank). Each layer's balance loss (B,) is appended to `balances`."""
         start = state.length if state else 0
         stop = start + tokens.size(1)
         if self.pos_embed is not None and isinstance(stop, int) and stop > self.cfg.max_seq_len:
@@ -623,31 +568,28 @@ class LM(nn.Module):
         return DecodingState(0, self.trunk.init_state())
 
     def step(self, tokens, state: DecodingState | None):
-        """tokens (B, T) -> logits (B, V) of what follows, in fp32."""
+        """tokens (B, T) -> logits (B, V) of the next token, in fp32."""
         return self.head(self.hidden(tokens, state)[:, -1:])[:, 0].float()  # (B, V)
 
     def count_parameters(self) -> dict[str, int]:
         """`total`; `non_embedding`: without token and position tables and an untied head's matrix; `matmul`:
-        the weights that multiply a token, which set the cost: the head's too, shared ones at each use, those
-        of one expert."""
+        weights that multiply a token and so set the cost: shared ones at each use, one expert of a pool."""
         total = sum(p.numel() for p in self.parameters())
-        modules = [m for m in (self.embed, self.pos_embed, self.head) if m is not None]
-        tables = {id(m.weight): m.weight.numel() for m in modules}  # a tied matrix counts once
-        matmul = sum(m.weight.numel() if isinstance(m, nn.Linear) else m.weight[0].numel()
-                     for m in self.modules() if isinstance(m, (nn.Linear, ExpertLinear)))
+        tables = {m.weight for m in (self.embed, self.pos_embed, self.head) if m is not None}  # tied: one
+        matmul = layers.matmul_weights(self)
         if self.embed_up is not None and self.head_in is None:
             matmul += self.embed_up.weight.numel()  # its transpose before the head
-        return {"total": total, "non_embedding": total - sum(tables.values()), "matmul": matmul}
+        return {"total": total, "non_embedding": total - sum(w.numel() for w in tables), "matmul": matmul}
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Forward and backward: 6 per multiplied parameter, and what attention adds."""
+        """Forward and backward: 6 per multiplied weight, plus attention's own."""
         extra = sum(m.extra_flops(seq_len) for m in self.modules() if hasattr(m, "extra_flops"))
         return 6 * self.count_parameters()["matmul"] + extra
 
 
 def load_model(path: str, device="cpu", dtype: str = "fp32") -> tuple[LM, dict]:
-    """The model of a checkpoint or run folder, in eval mode with its weights in fp32, bf16 or fp16 (those of
-    an INT8 file stay INT8, the rest follows), and everything else the checkpoint holds."""
+    """The model of a checkpoint or run folder, in eval mode, with weights in fp32, bf16 or fp16 (INT8 stays
+    INT8); and everything else the checkpoint holds."""
     saved = checkpoint.load(path, keys=("model", "config", "tokenizer"), int8=True)
     names = {f.name for f in fields(ModelConfig)}
     model = LM(ModelConfig(**{k: v for k, v in saved["config"].items() if k in names}))

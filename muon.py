@@ -1,12 +1,12 @@
-"""Optimisers and schedules: Muon for hidden matrices beside AdamW for the rest, and which parameter is where.
+"""Optimisers, parameter groups and schedules: Muon for hidden matrices with AdamW for the rest, AdamW, SGD.
 
-    optimizer = make_optimizer(model, cfg)              # cfg has the options of OptimizerConfig
+    optimizer = make_optimizer(model, cfg)                # cfg has the options of OptimizerConfig
     lr = set_learning_rates(optimizer, cfg, step, steps)  # before each step
 
-Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-orthogonal one: all its directions move equally far, whatever the gradient's scale. It is for matrices that
-map activations to activations. Embeddings, the head, routers, norms and biases are AdamW's. To add an
-optimiser, write a function like `sgd` and name it in OPTIMIZERS.
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest
+orthogonal matrix, so that all directions move equally far, whatever the gradient's scale. It is for matrices
+that map activations to activations; embeddings, head, routers, norms and biases go to AdamW. To add an
+optimiser, write a function like `sgd_of` and add it to OPTIMIZERS.
 """
 import math
 from dataclasses import dataclass
@@ -26,22 +26,22 @@ from torch.optim.adamw import adamw
 @dataclass
 class OptimizerConfig(Config):
     # optimiser
-    optimizer: "Literal[tuple(OPTIMIZERS)]" = "adamw"  # adamw | muon (adamw for what is no matrix) | sgd
+    optimizer: "Literal[tuple(OPTIMIZERS)]" = "adamw"  # adamw | muon (with adamw for non-matrices) | sgd
     lr: float = 1e-3  # peak learning rate
-    muon_lr: float = 0.02  # of Muon's matrices
-    embed_lr: float = 0.0  # of embeddings; 0 = lr
-    head_lr: float = 0.0  # of an untied head; 0 = lr
-    scalar_lr: float = 0.0  # of norms, biases, other vectors, and routers; 0 = lr
+    muon_lr: float = 0.02  # for Muon's matrices
+    embed_lr: float = 0.0  # for embeddings; 0 = lr
+    head_lr: float = 0.0  # for an untied head; 0 = lr
+    scalar_lr: float = 0.0  # for norms, biases, other vectors and routers; 0 = lr
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd = warm-up, stable, decay
-    warmup_steps: int = 0  # linear warm-up
-    min_lr_ratio: float = 0.1  # where cosine, linear and wsd end, as a fraction of lr
-    decay_fraction: float = 0.2  # wsd: the last part of the run, in which lr decays
+    warmup_steps: int = 0  # steps of linear warm-up
+    min_lr_ratio: float = 0.1  # final learning rate of cosine, linear and wsd, as a fraction of lr
+    decay_fraction: float = 0.2  # wsd: the last fraction of the run, in which lr decays
     weight_decay: float = 0.1  # of matrices and an untied head; embeddings, norms and biases have none
-    beta1: float = 0.9  # Adam's first moment, or SGD's momentum
-    beta2: float = 0.95  # Adam's second moment
-    muon_momentum: float = 0.95  # Muon's, ...
-    muon_warmup_steps: int = 300  # ... reached after so many steps, from 0.85
-    grad_clip: float = 1.0  # largest norm of the gradient; 0 = no clipping
+    beta1: float = 0.9  # decay of Adam's first moment, or SGD's momentum
+    beta2: float = 0.95  # decay of Adam's second moment
+    muon_momentum: float = 0.95  # Muon's final momentum, ...
+    muon_warmup_steps: int = 300  # ... reached from 0.85 in this many steps
+    grad_clip: float = 1.0  # largest gradient norm; 0 = no clipping
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(
@@ -49,7 +49,7 @@ class OptimizerConfig(Config):
             "weight_decay", "grad_clip")
         out += [f"{key} must be between 0 and 1, got {getattr(self, key)}"
                 for key in ("min_lr_ratio", "decay_fraction") if not 0 <= getattr(self, key) <= 1]
-        return out + [f"{key} must be between 0 and 1, and below 1, got {getattr(self, key)}"
+        return out + [f"{key} must be at least 0 and below 1, got {getattr(self, key)}"
                       for key in ("beta1", "beta2", "muon_momentum") if not 0 <= getattr(self, key) < 1]
 
 
@@ -58,10 +58,10 @@ class OptimizerConfig(Config):
 
 
 def parameter_groups(model, cfg: OptimizerConfig) -> list[dict]:
-    """Every parameter in exactly one of four groups, as its layer declares (common/layers.py): `matrices`,
-    `head` (an untied one), `embeddings` and `scalars` (norms, biases, other vectors, routers). Only matrices
-    and the head decay. `peak_lr` is what the schedule scales; `parts` has for each of Muon's matrices the
-    rows of the maps it holds."""
+    """Each parameter in exactly one of four groups, as its layer declares (common/layers.py): `matrices`, an
+    untied `head`, `embeddings`, `scalars` (norms, biases, other vectors, routers). Only matrices and the head
+    have weight decay. The schedule scales `peak_lr`; `parts` lists for each of Muon's matrices the rows of
+    the maps in it."""
     muon, lr, decay = cfg.optimizer == "muon", cfg.lr, cfg.weight_decay
     groups = {name: {"name": name, "params": [], "peak_lr": peak, "lr": peak, "weight_decay": decay,
                      "kind": "adamw" if muon and name != "matrices" else cfg.optimizer}
@@ -111,7 +111,7 @@ def describe_groups(groups: list[dict]) -> list[str]:
 
 
 def lr_fraction(step: int, cfg: OptimizerConfig, steps: int) -> float:
-    """What step 0 .. steps - 1 uses of each group's peak learning rate."""
+    """The fraction of each group's peak learning rate that step 0 .. steps - 1 uses."""
     if step < cfg.warmup_steps:
         return (step + 1) / cfg.warmup_steps
     done = (step - cfg.warmup_steps) / max(1, steps - cfg.warmup_steps)  # 0 .. 1 after the warm-up
@@ -129,7 +129,8 @@ def lr_fraction(step: int, cfg: OptimizerConfig, steps: int) -> float:
 
 
 def set_learning_rates(optimizer, cfg: OptimizerConfig, step: int, steps: int) -> float:
-    """Set each group's learning rate, and Muon's momentum, for step 0 .. steps - 1; returns cfg.lr's."""
+    """Set every group's learning rate, and Muon's momentum, for step 0 .. steps - 1. Returns the rate of
+    groups whose peak is cfg.lr."""
     fraction = lr_fraction(step, cfg, steps)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * fraction
@@ -144,7 +145,7 @@ def set_learning_rates(optimizer, cfg: OptimizerConfig, step: int, steps: int) -
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether products in bf16 are faster than in fp32 there; five steps of the iteration tolerate it."""
+    """Whether bf16 matmuls are faster than fp32 ones there; the five iterations tolerate bf16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8  # a T4 only emulates it
     return device.type == "cpu" and torch.backends.mkldnn.is_available() and \
@@ -152,15 +153,15 @@ def fast_bf16(device: torch.device) -> bool:
 
 
 def orthogonalize(g, dtype=torch.float32, steps: int = 5):
-    """Matrices (N, rows, cols) with singular values s -> the same singular vectors with values near 1 (0.7 to
-    1.2 after 5 steps, where s was not tiny beside the matrix's norm), in `dtype`.
+    """Matrices (N, rows, cols) -> the same singular vectors with singular values near 1 (0.7 to 1.2 after 5
+    steps, except for values tiny beside the matrix's norm), in `dtype`.
 
-    Each step applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular values, with products alone
-    (Newton-Schulz); the coefficients are Jordan's: steepest at 0, not quite convergent at 1."""
+    Each step applies p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5 to the singular values, by matmuls alone
+    (Newton-Schulz). The coefficients are Jordan's: steep at 0, not quite convergent at 1."""
     x = g.to(dtype)
     tall = g.size(-2) > g.size(-1)
     if tall:
-        x = x.mT  # the products then are of the smaller size
+        x = x.mT  # so that x x^T is of the smaller size
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # no singular value above 1
     for _ in range(steps):
         a = torch.bmm(x, x.mT)  # (N, rows, rows)
@@ -170,15 +171,15 @@ def orthogonalize(g, dtype=torch.float32, steps: int = 5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with kind "muon" (matrices, or stacks of them) and kind "adamw" (any) in one optimiser.
+    """Groups of kind "muon" (matrices, or stacks of them) and kind "adamw" (anything) in one optimiser.
 
-    muon: m <- momentum m + (1 - momentum) g; the update is (1 - momentum) g + momentum m (Nesterov),
-    orthogonalised, times lr sqrt(max(1, rows / cols)), after p <- p (1 - lr weight_decay). A group's
-    `parts` lists for each parameter the rows of the maps it holds. adamw: torch's, fused where there is one.
+    muon: m <- momentum m + (1 - momentum) g. The update (1 - momentum) g + momentum m (Nesterov) is
+    orthogonalised and scaled by lr sqrt(max(1, rows / cols)), after p <- p (1 - lr weight_decay). A group's
+    `parts` lists for each parameter the rows of the maps in it. adamw: torch's, fused where available.
 
-    Under torch.distributed every process keeps all momentum (it costs one pass over the gradients, which are
-    the same everywhere) and orthogonalises its share of the matrices. So the state is whole in each process:
-    a checkpoint of one holds everything and goes on with any number of them.
+    Under torch.distributed every process keeps all momentum (one pass over the gradients, which are the same
+    everywhere) and orthogonalises its share of the matrices. Each process thus has the whole state: any of
+    them can save a checkpoint, and any number can resume from it.
     """
 
     def __init__(self, groups, lr: float = 1e-3, betas=(0.9, 0.95), eps: float = 1e-8,
@@ -188,7 +189,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["kind"] not in ("muon", "adamw"):
                 raise ValueError(f"a group's kind is muon or adamw, got {group['kind']!r}")
-            if group["kind"] == "adamw":  # `fused` also tells loading where the counter of steps belongs
+            if group["kind"] == "adamw":  # load_state_dict reads `fused` to place the step counters
                 group.setdefault("fused", group["params"][0].device.type in ("cpu", "cuda"))
                 continue
             if wrong := [tuple(p.shape) for p in group["params"] if p.dim() not in (2, 3)]:
@@ -198,7 +199,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         if closure is not None:
-            raise ValueError("Muon takes no closure: compute the gradients, then call step()")
+            raise ValueError("Muon takes no closure; compute the gradients, then call step()")
         for group in self.param_groups:
             (self.muon_step if group["kind"] == "muon" else self.adamw_step)(group)
 
@@ -225,7 +226,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(pieces, self.shared(updates), alpha=-scale)
 
     def shared(self, updates) -> list:
-        """Orthogonalise matrices of one shape in one batch, each process a part of them."""
+        """Orthogonalise matrices of one shape as one batch; each process does a share of them."""
         device = updates[0].device
         dtype = torch.bfloat16 if fast_bf16(device) else torch.float32
         if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -1,15 +1,15 @@
 """Pre-training and continued training: the whole loop is in this file.
 
-    python train.py config/demo.py                                    # CPU, Mac or one GPU: whatever is there
+    python train.py config/demo.py                                    # on a CPU, a Mac or one GPU
     torchrun --standalone --nproc_per_node=2 train.py config/exp6.py  # two GPUs (or two CPU processes)
     torchrun --nnodes=2 --nproc_per_node=1 --rdzv_backend=c10d --rdzv_endpoint=HOST train.py config/exp6.py
-    python train.py config/exp3.py --dry_run                          # size, cost, plan; trains nothing
+    python train.py config/exp3.py --dry_run                          # size, cost and plan, without training
     python train.py config/exp3.py --lr=3e-4 --name=exp3_lr3e-4       # a flag overrides the config file
-    python train.py config/exp3.py --max_minutes=85                   # a session; the same command continues
+    python train.py config/exp3.py --max_minutes=85                   # stop in time; the same command resumes
 
-The same command continues a run that was stopped by Ctrl-C, SIGTERM, --max_minutes or kill -9: its losses are
-those of the run that was never stopped. Everything a run leaves is in out/NAME/: last.pt, best.pt,
-metrics.jsonl, samples.txt, loss.png; a run that ends adds its line to out/ledger.jsonl.
+A run stopped by Ctrl-C, SIGTERM, --max_minutes or kill -9 is resumed by the same command, with the losses it
+would have had without the stop. Its folder out/NAME/ holds last.pt, best.pt, metrics.jsonl, samples.txt and
+loss.png; when it ends, a line is added to out/ledger.jsonl.
 """
 import math
 import os
@@ -42,48 +42,48 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
     name: str = "train"  # the run's folder in out_dir; by default the config file's name
     # data
     data: str = "data/shakespeare"  # folder made by prepare_data.py
-    train_tokens: int = 0  # use only the first so many training tokens (what does data buy?); 0 = all
-    init_from: str = ""  # start a new run from the weights of this checkpoint or run folder; "" = at random
+    train_tokens: int = 0  # use only the first N training tokens (what does data buy?); 0 = all
+    init_from: str = ""  # start a new run from the weights of this checkpoint or run folder; "" = random
     # length: whichever ends first
     epochs: float = -1.0  # passes over the training windows; 0 = no limit; -1 = 1, or no limit with max_steps
     max_steps: int = 0  # optimiser steps; 0 = no limit
-    max_minutes: float = 0.0  # length of this session, which is saved and can be continued; 0 = no limit
+    max_minutes: float = 0.0  # save and stop after this long; the same command resumes; 0 = no limit
     # batch
     batch_size: int = 32  # sequences per optimiser step, over all processes
-    micro_batch_size: int = 0  # sequences one process runs at once; 0 = the most that fit, for all of the run
-    tbptt: int = 0  # tokens to back-propagate through; the state is carried on, memory stays flat; 0 = all
+    micro_batch_size: int = 0  # sequences per process and forward pass; 0 = as many as fit at the start
+    tbptt: int = 0  # tokens to back-propagate through; the state is carried along, memory stays flat; 0 = all
     checkpoint_activations: bool = False  # recompute each block in backward: less memory, more time
     memory_gb: float = 0.0  # what micro_batch_size=0 may fill; 0 = what is free now
     # evaluation and output
-    eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once an epoch
+    eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once per epoch
     eval_lens: tuple[int, ...] = ()  # also evaluate at these context lengths (rope and none extrapolate)
     patience: int = 0  # stop after this many evaluations without a new best; 0 = never
     prompts: tuple[str, ...] = ()  # continued at each evaluation
-    sample_tokens: int = 40  # length of those samples, drawn with temperature 0.8, top_k 50
+    sample_tokens: int = 40  # length of those samples, with temperature 0.8 and top_k 50
     log_interval: int = 10  # steps between rows of metrics.jsonl
-    save_minutes: float = 5.0  # between saves of last.pt; evaluations save it too; 0 = each step
+    save_minutes: float = 5.0  # minutes between saves of last.pt; evaluations save too; 0 = every step
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "batch_size", "log_interval", "eval_lens")
         out += self.at_least(0, "micro_batch_size", "tbptt", "max_steps", "max_minutes", "eval_interval",
                              "patience", "sample_tokens", "train_tokens", "save_minutes", "memory_gb")
         if self.epochs < 0 and self.epochs != -1:
-            out.append(f"epochs must not be negative (but for -1, the default), got {self.epochs}")
+            out.append(f"epochs must not be negative (except -1, the default), got {self.epochs}")
         if self.head_lr and self.tie_embeddings:
-            out.append(f"head_lr={self.head_lr} is set, but the head's matrix is the embedding's; "
-                       "use embed_lr, or tie_embeddings=False")
+            out.append(f"head_lr={self.head_lr} is set, but the head is tied to the embedding; use embed_lr, "
+                       "or tie_embeddings=False")
         if not self.epochs and not self.max_steps:
-            out.append("the run has no end: set epochs or max_steps (max_minutes only ends a session)")
+            out.append("the run has no end: set epochs or max_steps (max_minutes only stops a session)")
         if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
             out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
                        f"batch_size={self.batch_size}")
         if self.tbptt and self.mixer == "attention":
-            out.append(f"tbptt={self.tbptt} carries a state of fixed size, but mixer=attention has none; use "
-                       "mixer=context or mixer=lstm, or a smaller max_seq_len")
+            out.append(f"tbptt={self.tbptt} carries a fixed-size state, which mixer=attention does not have; "
+                       "use mixer=context or mixer=lstm, or a smaller max_seq_len")
         if self.checkpoint_activations and (self.gated or self.tbptt):
-            out.append("checkpoint_activations runs blocks again, but " + (
-                "tbptt carries their state on; use one of them" if self.tbptt else
-                "the gated context is a single one; use tbptt to save memory"))
+            out.append("checkpoint_activations recomputes blocks, but " + (
+                "tbptt carries their state along; use one of the two" if self.tbptt else
+                "the gated context has none; use tbptt to save memory"))
         if self.pos == "learned" and any(n > self.max_seq_len for n in self.eval_lens):
             out.append(f"eval_lens={self.eval_lens} goes past the learned positions, which end at "
                        f"max_seq_len={self.max_seq_len}; use pos=rope or pos=none")
@@ -111,16 +111,16 @@ class Plan:
     world: int
     micro: int  # sequences per forward pass
     accumulation: int  # forward passes per step and process
-    per_epoch: int  # training windows in an epoch; 0 = not known
+    per_epoch: int  # training windows per epoch; 0 = unknown
     steps: int  # optimiser steps of the whole run
     dtype: str = "fp32"
     compiled: bool = False
     flops_per_token: float = 0.0
-    peak_flops: float = 0.0  # of all devices together, 0 where not known
+    peak_flops: float = 0.0  # of all devices together; 0 = unknown
     notes: list[str] = field(default_factory=list)  # lines to print
 
     def evaluates(self, step: int, cfg: TrainConfig) -> bool:
-        """Whether step (1 = after the first) ends with an evaluation."""
+        """Whether an evaluation follows this step, counted from 1."""
         if step == self.steps or cfg.eval_interval:
             return step == self.steps or step % cfg.eval_interval == 0
         return step * cfg.batch_size // self.per_epoch > (step - 1) * cfg.batch_size // self.per_epoch
@@ -143,8 +143,8 @@ def make_plan(cfg: TrainConfig, world: int, per_epoch: int, micro: int) -> Plan:
 
 
 def choose_micro_batch(cfg: TrainConfig, needs: fit.Needs, dist, room: float, began: int) -> tuple[int, str]:
-    """(sequences at once, a line to print if those are not the ones the run `began` with; 0 = a new run).
-    With another number dropout draws other masks, and sums are rounded otherwise."""
+    """(sequences per forward pass, a line to print if the run `began` with another number; 0 = a new run). It
+    is kept while it fits: with another one dropout draws other masks, and sums round differently."""
     splits = began and cfg.batch_size % (began * dist.world) == 0
     if not cfg.micro_batch_size and splits and dist.min(needs.peak(began, dist.world) <= room):
         return began, ""
@@ -152,9 +152,9 @@ def choose_micro_batch(cfg: TrainConfig, needs: fit.Needs, dist, room: float, be
     if began in (0, micro):
         return micro, ""
     why = "as asked" if cfg.micro_batch_size else \
-        f"{began} do not fit any more" if splits else f"{began} do not split over {dist.world} processes"
-    effect = "dropout draws other masks from here on" if cfg.dropout else "losses agree to rounding only"
-    return micro, f"note        the run began with {began} sequences at once, now {micro}: {why}; {effect}"
+        f"{began} no longer fit" if splits else f"{began} do not divide among {dist.world} processes"
+    effect = "dropout draws other masks from here on" if cfg.dropout else "losses agree only up to rounding"
+    return micro, f"note        micro-batch {began} at the start of the run, now {micro}: {why}; {effect}"
 
 
 def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: float, began=0) -> Plan:
@@ -173,7 +173,7 @@ def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: 
 
 
 def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> list[str]:
-    """The plan in equations; before there is data (dry_run only) what can be said without."""
+    """The plan as equations; without data (a dry run) as far as possible."""
     n, seq, flops = needs.model.count_parameters(), cfg.max_seq_len, plan.flops_per_token
     epoch, total = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq
     needed = needs.peak(plan.micro, plan.world)
@@ -188,7 +188,7 @@ def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> lis
         + (f", {flops * total:.2e} FLOPs for the run" if epoch else ""),
         *describe_groups(parameter_groups(needs.model, cfg))]
     if not epoch:
-        return [*lines, f"epoch       not known: no tokens in {cfg.data} yet"]
+        return [*lines, f"epoch       unknown: no tokens in {cfg.data} yet"]
     return [
         *lines,
         f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 "
@@ -203,12 +203,12 @@ def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> lis
 
 @dataclass
 class Progress:
-    """Where a run stands: with weights and optimiser, all that continuing it needs."""
+    """Where a run stands. With weights and optimiser it is all that resuming needs."""
     step: int = 0  # optimiser steps done
     evaluated: int = 0  # the last step that was evaluated
-    best: dict = field(default_factory=dict)  # the best evaluation, and its step
+    best: dict = field(default_factory=dict)  # the best evaluation, with its step
     bad_evals: int = 0  # evaluations since the best
-    loss_sum: float = 0.0  # of the steps since the last evaluation
+    loss_sum: float = 0.0  # over the steps since the last evaluation
     micro: int = 0  # sequences per forward pass
     ended: str = ""  # "finished" or "early stop"
 
@@ -227,15 +227,15 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
     batches = fetch(progress.step)
     with StepBar(progress.step, plan.steps, dist.is_main) as bar:
         while not progress.ended:
-            # an evaluation that is due (in a continued run: that a stop cut short)
+            # evaluate if due, or if a stop cut the last evaluation short
             if progress.evaluated < progress.step and plan.evaluates(progress.step, cfg):
                 results = evaluate_lengths(cfg, plan, text, model, dist, stop, needs)
-                if results is None:  # stopped halfway: it is repeated when the run continues
+                if results is None:  # stopped halfway: repeated on resuming
                     save("last.pt")
                     break
                 better = report(cfg, plan, text, model, run, progress, results, bar.speed)
                 if better:
-                    save("best.pt")  # before last.pt, which knows the best: a kill between must not lose it
+                    save("best.pt")  # before last.pt, which records the best: a kill between loses nothing
                 save("last.pt")
                 continue
 
@@ -243,10 +243,10 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
             began = time.perf_counter()
             lr = set_learning_rates(optimizer, cfg, progress.step, plan.steps)
             seeds = None
-            if cfg.dropout:  # a function of (seed, sample): a continued run draws the same masks
+            if cfg.dropout:  # masks are a function of (seed, sample), so a resumed run draws the same
                 seeds = [(cfg.seed * 2**40 + i) % 2**63 for i in plan.samples(progress.step, dist.rank)]
             loss = backward(net, batches, dist, plan.dtype, scaler, seeds=seeds, tbptt=cfg.tbptt)
-            batches = fetch(progress.step + 1)  # while a GPU still computes
+            batches = fetch(progress.step + 1)  # meanwhile a GPU still computes
             if progress.step == 0:
                 check_gradients(model)
             norm = update(model, optimizer, scaler, cfg.grad_clip, loss)
@@ -256,14 +256,14 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
             run.seconds += time.perf_counter() - began
             bar.tick(time.perf_counter() - began)
 
-            # what people and programs read
+            # log for people and programs, save
             if progress.step % cfg.log_interval == 0 or progress.step == plan.steps:
                 run.metrics(step=progress.step, tokens=progress.step * cfg.batch_size * cfg.max_seq_len,
                             train_loss=loss.item(), lr=lr, grad_norm=norm if math.isfinite(norm) else None,
                             seconds=round(run.seconds, 3))
             bar.show(f"epoch {progress.step * cfg.batch_size / plan.per_epoch:.2f}, loss {loss.item():.3f}, "
                      f"lr {lr:.1e}, {speed_text(cfg, plan, bar.speed, dist.device)}")
-            due = plan.evaluates(progress.step, cfg)  # then the evaluation saves, or is repeated after a stop
+            due = plan.evaluates(progress.step, cfg)  # if so, the evaluation saves
             if stopping or not due and run.save_is_due(cfg.save_minutes):
                 save("last.pt")
             if stopping:
@@ -271,10 +271,10 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
 
 
 def evaluate_lengths(cfg: TrainConfig, plan: Plan, text: Text, model: LM, dist, stop, needs) -> dict | None:
-    """The whole validation split at each context length, {length: measures}; None if stopped halfway."""
+    """{context length: measures on the whole validation split}; None if stopped halfway."""
     results = {}
     for length in dict.fromkeys((cfg.max_seq_len, *cfg.eval_lens)):
-        # without gradients more fits; up to 2^14 tokens at once, or what training takes
+        # more fits without gradients: up to 2^14 tokens, or as many as in training
         tokens = needs.evaluated_at_once(plan.micro) * cfg.max_seq_len
         batch_size = max(1, min(tokens, max(plan.micro * cfg.max_seq_len, 2**14)) // length)
         results[length] = evaluate(model, text.val, text.meta["splits"]["val"], length, batch_size, dist,
@@ -288,7 +288,7 @@ def evaluate_lengths(cfg: TrainConfig, plan: Plan, text: Text, model: LM, dist, 
 
 def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progress: Progress, results: dict,
            speed: float) -> bool:
-    """Take an evaluation into the progress, sample, log and draw; whether it is the best so far."""
+    """Update the progress with an evaluation, sample, log and draw. Returns whether it is the best so far."""
     result, step = {"step": progress.step, **results[cfg.max_seq_len]}, progress.step
     better = result["loss"] < progress.best.get("loss", math.inf)
     train_loss = progress.loss_sum / (step - progress.evaluated)
@@ -315,9 +315,9 @@ def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progre
         say("              loss by context length: " + ", ".join(f"{n}: {v:.4f}" for n, v in losses.items()))
     for i, shares in enumerate(result.get("expert_usage", [])):
         say(f"              layer {i + 1}: tokens per expert " + " ".join(f"{share:.0%}" for share in shares))
-    for prompt, continuation in samples.items():  # on one line here; as it is in samples.txt
+    for prompt, continuation in samples.items():  # on one line here, verbatim in samples.txt
         say(f"              {prompt}|{' '.join(continuation.split()):.180}")
-    rows = read_rows(run.path("metrics.jsonl"))  # made anew each time, so that a continued run has all
+    rows = read_rows(run.path("metrics.jsonl"))  # rewritten each time, so that a resumed run has all
     write_text(run.path("samples.txt"), "\n".join(
         f"=== step {r['step']:,}, validation loss {r['val_loss']:.4f}\n"
         + "".join(f"{prompt}|{continuation}\n" for prompt, continuation in r["samples"].items())
@@ -327,8 +327,7 @@ def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progre
 
 
 def sample_prompts(model: LM, tok, cfg: TrainConfig, device) -> dict[str, str]:
-    """Each configured prompt and its continuation; the same seed at every evaluation, so that texts can be
-    compared."""
+    """{prompt: its continuation}, with the same seed at every evaluation, so that texts compare."""
     model.eval()
     texts = {}
     for prompt in cfg.prompts:
@@ -342,7 +341,7 @@ def sample_prompts(model: LM, tok, cfg: TrainConfig, device) -> dict[str, str]:
 
 
 def speed_text(cfg: TrainConfig, plan: Plan, speed: float, device) -> str:
-    """tokens/s, MFU where the machine's peak is known, and peak memory, from steps per second."""
+    """From steps per second: tokens/s, MFU if the device's peak is known, and peak memory."""
     tokens = speed * cfg.batch_size * cfg.max_seq_len
     mfu = f", MFU {plan.flops_per_token * tokens / plan.peak_flops:.0%}" if plan.peak_flops else ""
     return f"{tokens:,.0f} tok/s{mfu}, {distributed.peak_memory(device):.2f} GB"
@@ -358,12 +357,12 @@ def measures_text(result: dict) -> str:
 
 
 def main(cfg: TrainConfig) -> dict:
-    """Train, or continue, or plan. Returns the summary, which is the ledger row of a run that ended."""
+    """Train, resume or plan. Returns the summary, which for a run that ended is its ledger row."""
     with distributed.setup(cfg.device) as dist:
         without_data = cfg.dry_run and cfg.vocab_size and not os.path.exists(cfg.data)
         text = None if without_data else open_text(cfg.data, cfg.train_tokens)
         cfg = cfg.resolved(text.meta) if text else cfg
-        if dist.device.type == "cpu" and not cfg.checkpoint_activations:  # up to a quarter more memory: holes
+        if dist.device.type == "cpu" and not cfg.checkpoint_activations:  # it costs up to a quarter of memory
             distributed.keep_freed_memory()
         room = fit.room_for(cfg.memory_gb, dist)
         fit.refuse_hopeless(LM, cfg, room * (4 if cfg.micro_batch_size else 1), cfg.batch_size,
@@ -377,7 +376,7 @@ def main(cfg: TrainConfig) -> dict:
         with Run(cfg, dist, "train", meta["tokenizer"], meta["splits"]["train"]["sha256"]) as run, \
                 StopRequest(cfg.max_minutes) as stop:
             saved = run.find()
-            if saved and cfg.epochs < 0:  # not given: as when the run began
+            if saved and cfg.epochs < 0:  # not given, so as at the start of the run
                 run.cfg = cfg = replace(cfg, epochs=saved["config"]["epochs"])
             plan = plan_run(cfg, dist, text, needs, room, saved["progress"]["micro"] if saved else 0)
             if dist.is_main:
@@ -393,7 +392,7 @@ def main(cfg: TrainConfig) -> dict:
 
 
 def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None):
-    """(model, optimizer, scaler, progress) of a new run, or as they were saved."""
+    """(model, optimizer, scaler, progress), new or as saved."""
     device, progress = run.dist.device, Progress()
     torch.manual_seed(cfg.seed)
     model = LM(cfg).to(device)
@@ -413,25 +412,25 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
     progress.micro = plan.micro
     run.begin(saved, lambda row: row["step"] <= (progress.evaluated if "val_loss" in row else progress.step))
     if run.dist.is_main:
-        text.tok.save(run.folder)  # a run folder is enough to sample from
-        say(f"{'continuing' if saved else 'starting':<11} {run.folder} at step {progress.step:,} of "
+        text.tok.save(run.folder)  # so that the run folder is enough for sampling
+        say(f"{'resuming' if saved else 'starting':<11} {run.folder} at step {progress.step:,} of "
             f"{plan.steps:,}" + (f", {progress.ended}" if progress.ended else ""))
     return model, optimizer, scaler, progress
 
 
 def way_back(cfg: TrainConfig, run: Run) -> str:
-    """What to type after a loss that was not finite."""
+    """What to type after a loss that is not finite."""
     lower = f"--lr={min(cfg.lr / 3, 1e-3):.1e}"
     if cfg.optimizer == "muon":
         lower += f" --muon_lr={min(cfg.muon_lr / 3, 0.02):.1e}"
     if os.path.exists(run.path("last.pt")):
-        return (f"the last save is from before it; continue from there in a new run with:  "
+        return (f"the last save is from before; continue from it in a new run with:  "
                 f"--init_from={run.path('last.pt')} --name={cfg.name}_lower {lower}")
     return f"nothing was saved yet; try:  {lower} --warmup_steps=100"
 
 
 def finish(cfg: TrainConfig, plan: Plan, run: Run, progress: Progress, model: LM) -> dict:
-    """The run's summary; printed, and in the ledger if the run has ended."""
+    """Print the summary and return it; if the run has ended, add it to the ledger."""
     n, tokens = model.count_parameters(), progress.step * cfg.batch_size * cfg.max_seq_len
     row = run.finish(progress.ended or "stopped", dtype=plan.dtype, result=progress.best, counts={
         "steps": progress.step, "tokens": tokens, "epochs": progress.step * cfg.batch_size / plan.per_epoch,

@@ -1,11 +1,11 @@
-"""Causal attention, global or local, a block of queries at a time: plain products, differentiable.
+"""Causal attention, global or local, a block of queries at a time in plain matmuls, with a backward pass.
 
     y = block_attention(q, k, v, window=256)   # (B, H, T, D), (B, G, S, D), (B, G, S, D) -> (B, H, T, D)
 
-A block of queries meets only the keys it may see, so half of the products of causal attention are not made,
-and with a window time and memory are O(T * window). On the CPU the batched products beat the kernel behind
-scaled_dot_product_attention two to three times in bf16 (forward and backward, T 256-4,096), and unlike that
-kernel this also has dropout without the full (T, S) matrix, and sinks.
+A block of queries multiplies only the keys it may see: half the work of full attention, and with a window
+O(T * window) time and memory. On a CPU the batched matmuls are two to three times as fast as
+scaled_dot_product_attention in bf16 (forward and backward, T 256-4,096), and they support sinks, and dropout
+without the full (T, S) matrix.
 
 Shapes: B batch, H heads, G key/value heads, T queries, S keys (the queries are the last T of S positions), D
 head size, Q queries of a block, K keys they may see
@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 128  # queries: 64 to 256 differ little
-KEEP_KEYS = 1024  # weights of at most so many keys a query are kept for backward; longer ones are made again
+KEEP_KEYS = 1024  # with more keys per query, weights are recomputed in backward instead of kept
 
 
-@torch.compiler.disable  # a loop over blocks: to be unrolled it is too long
+@torch.compiler.disable  # the loop over blocks is too long to unroll
 def block_attention(q, k, v, window: int = 0, dropout: float = 0.0, sink=None):
-    """Softmax attention of q (B, H, T, D) to k and v (B, G, S, D), each query to itself and what comes before
-    it, with a window to the last `window` of those. `sink` (H,): the score of one more key, whose value is
+    """Softmax attention of q (B, H, T, D) to k and v (B, G, S, D); each query sees itself and the tokens
+    before it, at most `window` in all (0 = no limit). `sink` (H,): the score of an extra key whose value is
     0."""
     with torch.autocast(q.device.type, enabled=False):
         return BlockAttention.apply(q, k, v, window or k.size(2), dropout, torch.is_grad_enabled(), sink)
@@ -37,9 +37,8 @@ def blocks(T: int, S: int, window: int):
 
 
 def weights_of(q, k, position: int, first: int, window: int, sink=None):
-    """softmax(q k^T) (B * G, H/G * Q, K) of queries q (B * G, H/G, Q, D), the first of them at `position`, to
-    the keys k (B * G, K, D) from `first` on; with `sink` (B * G, H/G, 1) K + 1 columns, its weight the
-    last."""
+    """softmax(q k^T) (B * G, H/G * Q, K) of queries q (B * G, H/G, Q, D), the first at `position`, to keys k
+    (B * G, K, D), the first at `first`; with `sink` (B * G, H/G, 1) its weight is an extra last column."""
     Q, K = q.size(2), k.size(1)
     keys = k if sink is None else F.pad(k, (0, 0, 0, 1))  # (B * G, K or K + 1, D)
     z = torch.bmm(q.flatten(1, 2), keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B * G, H/G, Q, K or K + 1)
@@ -48,7 +47,7 @@ def weights_of(q, k, position: int, first: int, window: int, sink=None):
     above = torch.ones(Q, Q, dtype=torch.bool, device=q.device).triu(1)  # (Q, Q): later than the query
     z[..., K - Q:K].masked_fill_(above, -math.inf)
     if position + Q - window > first:  # some keys are too old for the last queries
-        hidden = position - window + 1 - first  # the first query cannot see so many (negative: more)
+        hidden = position - window + 1 - first  # keys too old for the first query (negative: none, and spare)
         width = Q - 1 + hidden
         too_old = torch.ones(Q, width, dtype=torch.bool, device=q.device).tril(hidden - 1)  # (Q, width)
         z[..., :width].masked_fill_(too_old, -math.inf)
@@ -56,8 +55,8 @@ def weights_of(q, k, position: int, first: int, window: int, sink=None):
 
 
 def random_keep(x, dropout: float):
-    """1 / (1 - dropout) with that probability, else 0, for each element of x. From 16 random bits each:
-    bernoulli_ goes element by element and takes five times as long on a CPU."""
+    """A dropout mask for x: each element 1 / (1 - dropout), or 0 with probability `dropout`. From 16 random
+    bits per element; bernoulli_ takes five times as long on a CPU."""
     dropped = round(dropout * 2**16)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
     keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 2**15
@@ -95,7 +94,7 @@ class BlockAttention(torch.autograd.Function):
         dy = dy.reshape(B * G, H // G, T, D)
         inner = (dy.float() * y.float()).sum(dim=-1, keepdim=True).to(dy.dtype)  # (B * G, H/G, T, 1)
         dq = torch.empty_like(q)
-        dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))  # float32: sums over blocks
+        dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))  # summed over blocks in float32
         dsink = None if sink is None else torch.zeros(B, H, device=k.device)
         for i, (begin, end, first, stop) in enumerate(blocks(T, S, ctx.window)):
             qs, d = (a[:, :, begin:end].flatten(1, 2) for a in (q, dy))  # (B * G, H/G * Q, D)
@@ -105,7 +104,7 @@ class BlockAttention(torch.autograd.Function):
             else:
                 p, mask = weights_of(q[:, :, begin:end], ks, S - T + begin, first, ctx.window, sink), None
             about = inner[:, :, begin:end].flatten(1, 2)  # (B * G, H/G * Q, 1)
-            if sink is not None:  # as dz below: its value is 0
+            if sink is not None:  # as dz below, with a value of 0
                 dsink -= (p[..., -1:] * about).float().view(B, H, end - begin).sum(dim=-1)  # (B, H)
                 p = p[..., :-1]  # (B * G, H/G * Q, K)
             dv[:, first:stop] += torch.bmm((p if mask is None else p * mask).transpose(1, 2), d)

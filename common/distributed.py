@@ -1,5 +1,5 @@
-"""One object for what differs between a laptop, a GPU and torchrun: rank, world, device, precision,
-reductions."""
+"""What differs between a laptop, a GPU and torchrun, in one object: rank, world, device, reductions. And
+precision, memory and peak speed of the device."""
 import ctypes
 import os
 import re
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Dist:
-    """This process among those that torchrun started; `with` it, and the group is closed at the end."""
+    """This process among those started by torchrun. As a context manager it closes the process group."""
     rank: int
     world: int
     device: torch.device
@@ -33,11 +33,11 @@ class Dist:
         return dist.is_initialized()
 
     def reduce(self, total: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-        """The sum (or `op`) of a tensor over all processes. A collective: every process must call it. It does
-        not wait for a GPU."""
+        """The sum (or `op`) of a tensor over all processes, without waiting for a GPU. A collective: every
+        process must call it."""
         if not self.grouped:
             return total
-        total = total.to(self.device if self.device.type == "cuda" else "cpu")  # gloo adds on the CPU
+        total = total.to(self.device if self.device.type == "cuda" else "cpu")  # gloo works on the CPU
         dist.all_reduce(total, op)
         return total
 
@@ -46,7 +46,7 @@ class Dist:
         return self.reduce(torch.tensor(values, dtype=torch.float64)).tolist()
 
     def min(self, value: float) -> float:
-        """The smallest of the processes' numbers."""
+        """The smallest value over all processes."""
         return self.reduce(torch.tensor(value, dtype=torch.float64), dist.ReduceOp.MIN).item()
 
     def __enter__(self) -> "Dist":
@@ -58,7 +58,7 @@ class Dist:
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """cpu, cuda, cuda:N or mps as asked, refused if it is not there; auto = the best there is."""
+    """The device for cpu, cuda, cuda:N or mps, or UserError if it is missing; auto = the best available."""
     if device == "auto":
         mps = torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -76,8 +76,8 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def setup(device: str = "auto") -> Dist:
-    """Pick the device and, where torchrun's variables are set, always join the process group (NCCL on CUDA,
-    else gloo)."""
+    """Pick the device and, if torchrun's variables are set, always join the process group (NCCL on CUDA, else
+    gloo)."""
     rank, world, local = (int(os.environ.get(key, default)) for key, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = pick_device(device)
@@ -91,16 +91,15 @@ def setup(device: str = "auto") -> Dist:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where fp32 matmuls remain
     if "RANK" in os.environ:
-        # ten minutes is not enough when rank 0 samples or saves a large model on a slow disk
+        # the default of ten minutes is too short if rank 0 saves a large model to a slow disk
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=timedelta(minutes=60), device_id=own)
     return Dist(rank, world, device)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks instead of returning them to the system at each free: the system hands
-    them out again in pages of 4 KB, each cleared first, which took up to a fifth of a step. Other C
-    libraries (macOS, musl) are left as they are."""
+    """Let glibc reuse large blocks instead of returning them to the system at each free: getting them back in
+    cleared 4 KB pages took up to a fifth of a step. Other C libraries (macOS, musl) are left alone."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
@@ -108,7 +107,7 @@ def keep_freed_memory() -> None:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
-    """(fp32, bf16 or fp16; the reason) for dtype=auto; an explicit choice is taken as it is, or refused."""
+    """(fp32, bf16 or fp16; the reason). An explicit dtype is kept, or refused if the device lacks it."""
     if dtype != "auto":
         if dtype == "bf16" and device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
             raise UserError("dtype=bf16 on this Mac needs macOS 14 or newer; use --dtype=fp32")
@@ -125,18 +124,17 @@ def choose_dtype(dtype: str, device: torch.device) -> tuple[str, str]:
 
 
 def autocast(dtype: str, device: torch.device):
-    """The context for forward passes; weights stay fp32."""
+    """The context manager for forward passes; weights stay fp32."""
     return nullcontext() if dtype == "fp32" else torch.autocast(device.type, DTYPES[dtype])
 
 
-# Dense 16-bit tensor FLOP/s with fp32 accumulation, from NVIDIA's data sheets. A GPU that is not here prints
-# MFU n/a.
+# Dense 16-bit tensor FLOP/s with fp32 accumulation, from NVIDIA's data sheets. Other GPUs print no MFU.
 PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H100 PCIe": 756e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
               "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "Tesla T4": 65e12}
 
 
 def peak_flops(device: torch.device, dtype: str) -> float:
-    """Peak FLOP/s of this device at this precision, or 0 where it is not known."""
+    """Peak FLOP/s of this device at this precision; 0 if unknown."""
     if device.type != "cuda" or dtype == "fp32":
         return 0.0
     name = torch.cuda.get_device_name(device)
@@ -151,8 +149,8 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB at the highest so far: allocated on CUDA, held by the driver on MPS, resident on CPU (read token
-    files count)."""
+    """Peak GB so far: allocated by torch on CUDA, resident on CPU (token files that were read count). On MPS
+    what the driver holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if device.type == "mps":
@@ -161,8 +159,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def resident_memory(field: str = "VmRSS") -> float:
-    """GB of this process in memory: VmRSS now, VmHWM at most so far (elsewhere than on Linux always that)."""
-    if sys.platform == "linux":  # where getrusage begins with what the parent process held
+    """GB of this process in memory: VmRSS now, VmHWM at its peak (other systems than Linux: always that)."""
+    if sys.platform == "linux":  # here getrusage starts with the parent process's peak
         with open("/proc/self/status") as f:
             return 1024 * int(next(line for line in f if line.startswith(field)).split()[1]) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere

@@ -1,5 +1,5 @@
 """A model's loss over a whole split, in units that compare between tokenizers. To add a metric, add a line to
-`measures`: it reaches the log, the ledger and sweep.py's --metric."""
+`measures`: the log, the ledger and sweep.py's --metric then have it."""
 import contextlib
 import functools
 import math
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-LOGITS = 2**25  # numbers held at once where logits are needed: 128 MB
+LOGITS = 2**25  # logits held at once: 128 MB
 
 
 def measures(nats: float, right: float | None, targets: float, split: dict) -> dict[str, float]:
-    """What is reported of sums over a split: nats, right answers (None if not asked for) and targets. Bits
-    per byte and word perplexity do not depend on the tokenizer: all nats are divided by the bytes, or words,
-    of the text."""
+    """Metrics from sums over a split: nats, correct top-1 predictions (None: not counted) and targets. Bits
+    per byte and word perplexity divide by the bytes and words of the text, so they do not depend on the
+    tokenizer."""
     return {"loss": nats / targets,  # nats per token
             "perplexity": math.exp(min(700, nats / targets)),
             "bits_per_byte": nats / math.log(2) / split["bytes"],
@@ -29,13 +29,12 @@ def measures(nats: float, right: float | None, targets: float, split: dict) -> d
 @torch.inference_mode()
 def evaluate(model, tokens, split: dict, seq_len: int, batch_size: int, dist: Dist, dtype: str, *,
              stop=None, top1: bool = False, by_logits: bool = False, label: str = "loss") -> dict | None:
-    """`measures` over the whole of `tokens` in windows of seq_len (and each expert's share of the tokens), or
-    None if `stop` was requested halfway. Sums are reduced over the processes and divided last, so nothing
-    depends on batch_size or their number.
+    """`measures` over all of `tokens` in windows of seq_len, and each expert's share of the tokens; None if
+    `stop` was requested halfway. Sums are reduced over processes and divided last, so the result does not
+    depend on batch_size or the number of processes.
 
-    top1: also the share of tokens that were the most probable one. by_logits: through the head that decodes
-    rather than the fused loss; an INT8 head has no other.
-    """
+    top1: also the share of tokens predicted as the most probable. by_logits: through the decoding head, not
+    the fused loss (an INT8 model has only that)."""
     training = model.training
     model.eval()
     nats, right, count = 0.0, 0.0, 0
@@ -64,7 +63,7 @@ def evaluate(model, tokens, split: dict, seq_len: int, batch_size: int, dist: Di
 
 
 def logit_sums(model, x, y) -> tuple[float, float]:
-    """Nats, and right answers, of the counted targets y (B, T) after x (B, T)."""
+    """Nats and correct top-1 predictions over the counted targets y (B, T) of x (B, T)."""
     hidden, y = model.hidden(x).flatten(0, 1), y.flatten()  # (N, C), (N,)
     nats, right = 0.0, 0
     rows = max(1, LOGITS // model.cfg.vocab_size)
@@ -77,8 +76,7 @@ def logit_sums(model, x, y) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def expert_usage(model):
-    """Counts, while it is open, the tokens that each layer sends to each expert, into the tensor (L, E) that
-    it gives."""
+    """Counts the tokens each layer sends to each expert while open, in the tensor (L, E) it yields."""
     routers = [m.router for m in model.modules() if hasattr(m, "router")]
     E, device = (routers[0].out_features, routers[0].weight.device) if routers else (0, "cpu")
     counts = torch.zeros(len(routers), E, dtype=torch.long, device=device)

@@ -1,7 +1,7 @@
-"""Will it fit? The peak memory of a training step, predicted before anything is allocated; and what is free.
+"""Will it fit? Predicts the peak memory of a training step before anything is allocated; reads what is free.
 
-Nothing here knows the architecture: what autograd keeps is counted on fake tensors, which have shapes but no
-memory, so the figure follows every change to model.py; what its hooks do not see, a layer declares."""
+Nothing here knows the architecture. What autograd keeps is counted on fake tensors, which have shapes but no
+memory, so the prediction follows every change to model.py; what its hooks cannot see, layers declare."""
 import math
 import os
 from dataclasses import replace
@@ -12,19 +12,19 @@ from common.config import UserError
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-LAYER_OBJECTS = 1e5  # bytes of Python objects that a layer of any kind takes, roughly
+LAYER_OBJECTS = 1e5  # rough bytes of Python objects per layer of any kind
 
 
 def kept_by_autograd(model, sequences: int, seq_len: int, dtype: str) -> int:
-    """Bytes that a forward pass leaves for backward, without the parameters and what the loss keeps of the
-    size of the head. Counted as on a CPU: a GPU's attention kernels keep no weights, so there it is a little
-    more than needed. `model` is made of fake tensors, in whose mode this runs."""
+    """Bytes that a forward pass keeps for backward, without the parameters and the head-sized tensors of the
+    loss. Counted for a CPU; a GPU's attention kernels keep no weights, so it needs slightly less. `model` is
+    made of fake tensors, and FakeTensorMode is on."""
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def count(x):
         storage = x.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no later one gets its address
+            kept[storage._cdata] = storage  # held, so that its address is not reused
         return x
 
     tokens = torch.zeros(sequences, seq_len, dtype=torch.long)
@@ -35,15 +35,15 @@ def kept_by_autograd(model, sequences: int, seq_len: int, dtype: str) -> int:
 
 
 class Needs:
-    """The peak memory of a training step of make_model(cfg), in bytes, for any number of sequences at once;
-    and `model`, the model without its memory, to count and describe.
+    """The peak memory in bytes of a training step of make_model(cfg), for any number of sequences at once.
+    `model` is the model without memory, for counting.
 
-    Within 15 % of what was measured on the CPU for the ladder's shapes and their neighbours
-    (tests/test_fit.py). torch.compile usually needs less."""
+    Within 15 % of measurements on a CPU for shapes like the ladder's (tests/test_fit.py). torch.compile
+    usually needs less."""
 
     def __init__(self, make_model, cfg, dtype: str, device):
         self.cfg = cfg
-        length = min(cfg.tbptt or cfg.max_seq_len, cfg.max_seq_len)  # of what one backward goes through
+        length = min(cfg.tbptt or cfg.max_seq_len, cfg.max_seq_len)  # tokens per backward pass
         with FakeTensorMode():
             self.model = make_model(cfg)
             one, two = (kept_by_autograd(self.model, n, length, dtype) for n in (1, 2))
@@ -51,8 +51,8 @@ class Needs:
         two = one + (two - one) * math.prod(unseen.values())
         layer = self.layer = (two - one) / self.model.trunk.depth  # of a sequence
         self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
-        # the input of each block; one block recomputed, its gradients, and holes: repeats of one run measured
-        # 1.15 to 1.36 GB (d 256, T 1,024), why is not known; this lies between
+        # each block's input, plus one block recomputed with its gradients and heap fragmentation; repeats of
+        # one run measured 1.15 to 1.36 GB (d 256, T 1,024; cause unknown), and this lies between
         if cfg.checkpoint_activations:
             self.fixed = 0
             self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 3.5 * layer
@@ -61,34 +61,33 @@ class Needs:
         self.head = self.model.head.weight.numel() * 4
         self.logits = length * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
         self.base, self.slack = 0.0, 1.0
-        if device.type == "cpu":  # the whole process counts; and as measured: libraries, holes in the heap
+        if device.type == "cpu":  # the whole process; measured: libraries, heap fragmentation
             self.base, self.slack = distributed.resident_memory() * 1e9 + 6e7, 1.08
 
     def peak(self, sequences: int, world: int) -> float:
-        """With accumulation, tbptt or several processes, gradients are there already when a forward pass
-        runs."""
+        """With accumulation, tbptt or several processes, gradients already exist during a forward pass."""
         gradients_stay = world > 1 or sequences * world < self.cfg.batch_size or self.cfg.tbptt
         loss = min(sequences * self.logits, head_loss.CHUNK_BYTES) + 2 * self.head
         forward = self.fixed + sequences * self.per_sequence + loss + bool(gradients_stay) * self.parameters
-        backward = self.parameters + 2 * self.head  # gradients, and the two that make a tied embedding's
+        backward = self.parameters + 2 * self.head  # gradients, and the two summed for a tied embedding
         return self.base + self.slack * (self.parameters + self.states + max(forward, backward))
 
     def evaluated_at_once(self, sequences: int) -> int:
-        """How many sequences need no more without gradients than training on `sequences`: one block's
-        activations at a time are alive."""
+        """How many sequences fit without gradients where training on `sequences` fits: only one block's
+        activations are alive at a time."""
         return max(sequences, int(sequences * self.per_sequence / self.layer))
 
 
 def states_of(cfg) -> int:
-    """Numbers the optimiser keeps per parameter (a little less with Muon)."""
+    """Numbers the optimiser keeps per parameter (slightly fewer with Muon)."""
     return 1 if cfg.optimizer == "sgd" else 2
 
 
 def refuse_hopeless(make_model, cfg, room: float, batch_size: int, states: int = 2,
                     dry_run: bool = False) -> None:
-    """UserError for a model that cannot fit into `room` bytes by far, found from one or two of its layers:
-    building all of 1e9 would itself fill the memory. A dry run may be of a model that is too large, as long
-    as it can be built without its tensors."""
+    """UserError for a model far too large for `room` bytes, judged from one or two of its layers: building
+    1e9 layers would itself fill the memory. A dry run may describe a model that is too large, if it can be
+    built without its tensors."""
     unit, unique = cfg.qkv_share or 1, cfg.n_unique_blocks or cfg.n_layers
     few = [replace(cfg, n_layers=n, n_unique_blocks=0) for n in (unit, 2 * unit)]
     try:
@@ -108,8 +107,8 @@ def refuse_hopeless(make_model, cfg, room: float, batch_size: int, states: int =
 
 
 def largest_micro_batch(needs: Needs, dist, room: float) -> int:
-    """The largest part of a process's share of the batch that fits into `room` bytes on every process. A
-    collective; UserError on all of them where not even one sequence fits."""
+    """The largest divisor of a process's share of the batch that fits into `room` bytes on every process. A
+    collective; UserError on all processes if not even one sequence fits."""
     cfg, share = needs.cfg, max(1, needs.cfg.batch_size // dist.world)
     most = min(share, int(max(1.0, room / needs.per_sequence)))
     fits = next((n for n in range(most, 0, -1) if share % n == 0 and needs.peak(n, dist.world) <= room), 0)
@@ -123,7 +122,7 @@ def largest_micro_batch(needs: Needs, dist, room: float) -> int:
 
 
 def room_for(memory_gb: float, dist) -> float:
-    """Bytes that this process may take in all: as asked, or what it has and most of what is free."""
+    """Bytes this process may use in total: as asked, or what it holds plus most of what is free."""
     if memory_gb:
         return 1e9 * memory_gb
     if dist.device.type != "cpu":
@@ -133,7 +132,7 @@ def room_for(memory_gb: float, dist) -> float:
 
 
 def free_memory(device) -> float:
-    """Bytes that this process may still take, or infinity where that is not known."""
+    """Bytes this process may still take; infinity if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
@@ -147,8 +146,8 @@ def free_memory(device) -> float:
 
 
 def cgroup_free(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") -> float:
-    """What the limits of a container (docker run -m 4g) or job still allow, infinity without any. Cached
-    files do not count as used: the system gives them up."""
+    """Bytes that the limits of a container (docker run -m 4g) or job still allow; infinity without limits.
+    Cached files do not count as used: the system evicts them."""
     files = {"": ("memory.max", "memory.current", "inactive_file"),
              "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # v2, v1
     free = math.inf
@@ -158,7 +157,7 @@ def cgroup_free(root: str = "/sys/fs/cgroup", own: str = "/proc/self/cgroup") ->
         if kind not in files:
             continue
         top, folders = os.path.join(root, kind), path.strip("/").split("/")
-        for depth in range(len(folders) + 1):  # parents' limits count; a container may show the top alone
+        for depth in range(len(folders) + 1):  # parents' limits count; a container may show only the top
             folder = os.path.join(top, *folders[:depth])
             names = (*files[kind][:2], "memory.stat")
             limit, used, cached = (read(os.path.join(folder, name)) for name in names)

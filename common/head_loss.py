@@ -1,37 +1,37 @@
-"""The head's product and the loss in one pass, without ever holding the logits of the whole batch.
+"""The head's matmul and the loss in one pass, without holding the logits of the whole batch.
 
     loss = cross_entropy(hidden, head.weight, head.bias, targets)  # = F.cross_entropy(head(hidden), targets)
 
-With 50,257 words the logits of 4,096 tokens, their log-softmax and their gradient take 2.5 GB in float32, and
-moving them costs more time than the rest of a small model. Here a chunk of rows at a time goes all the way:
-logits, softmax, and what the chunk adds to the three gradients, which are formed in the forward pass, as the
-loss is a scalar and backward has only to scale them (the idea of Liger-Kernel, 2410.10989).
+With a vocabulary of 50,257 the logits of 4,096 tokens, their log-softmax and their gradient take 2.5 GB in
+float32, and moving them costs more time than the rest of a small model. Here each chunk of rows goes all the
+way, from logits to its part of the three gradients. Those are formed in the forward pass: the loss is a
+scalar, so backward only scales them (the idea of Liger-Kernel, 2410.10989).
 
 Shapes: N tokens, R tokens of a chunk, C width, V vocabulary
 """
 import torch
 
-CHUNK_BYTES = 2**27  # of logits: large enough that adding up the (V, C) gradient does not show
-SLICE_ELEMENTS = 2**21  # of a softmax on the CPU: 8 MB of float32 stay in its cache
+CHUNK_BYTES = 2**27  # of logits: large enough to hide the cost of accumulating the (V, C) gradient
+SLICE_ELEMENTS = 2**21  # per softmax on a CPU: 8 MB of float32, which stay in its cache
 
 
 def cross_entropy(x, weight, bias, targets):
     """Mean of -log softmax(x @ weight.T + bias)[target] in nats: x (N, C), weight (V, C), bias (V,) or None,
-    targets (N,), of which -1 do not count (0 if none does). Products run in autocast's dtype, or else x's;
-    the softmax in float32."""
+    targets (N,), where -1 does not count; 0 if none counts. Matmuls run in autocast's dtype, or else x's, the
+    softmax in float32."""
     counts = (targets >= 0).float()  # (N,)
     return chunked_loss(x, weight, bias, counts, nll_rows, targets.clamp(min=0)) / counts.sum().clamp(min=1)
 
 
 def nll_rows(logits, targets, grad: bool):
-    """-log softmax(logits)[target] of logits (R, V), targets (R,); with `grad`, logits are overwritten by its
-    gradient."""
+    """-log softmax(logits)[target] (R,) of logits (R, V), targets (R,). With `grad`, overwrites the logits
+    with its gradient."""
     rows = torch.arange(len(targets), device=targets.device)
     p = torch.softmax(logits, dim=-1, dtype=torch.float32)  # (R, V)
     p_target = p[rows, targets]  # (R,)
     loss = -p_target.log()
     vanished = p_target < 1e-30
-    if vanished.any():  # near float32's smallest number: take the loss from the logits themselves
+    if vanished.any():  # near float32's smallest number: compute from the logits instead
         z = logits.float()
         exact = z.amax(dim=-1) - z[rows, targets] - p.amax(dim=-1).log()
         loss = torch.where(vanished, exact, loss)
@@ -42,16 +42,16 @@ def nll_rows(logits, targets, grad: bool):
 
 
 def chunked_loss(x, weight, bias, row_weights, row_loss, *row_args):
-    """Sum over rows of row_weights (N,) * row_loss(logits of the row): a scalar in float32, differentiable in
-    x, weight and bias.
+    """Sum over rows of row_weights (N,) * row_loss(the row's logits): a float32 scalar, differentiable in x,
+    weight and bias.
 
-    row_loss(logits (R, V), *row_args of these rows, grad) returns (R,) in float32 and, if grad is set,
-    overwrites the logits by its gradient; row_args are tensors of N rows (targets, a teacher's hidden states)
-    that receive none."""
+    row_loss(logits (R, V), *row_args of these rows, grad) returns (R,) in float32 and, with grad, overwrites
+    the logits with its gradient. row_args: tensors of N rows without gradients (targets, a teacher's hidden
+    states)."""
     return sum_over_chunks(torch.is_grad_enabled(), x, weight, bias, row_weights, row_loss, row_args)
 
 
-@torch.compiler.disable  # its loop has nothing to gain, and would be unrolled
+@torch.compiler.disable  # its loop would be unrolled for no gain
 def sum_over_chunks(grad: bool, *args):
     return ChunkedLoss.apply(grad, *args)
 
@@ -63,7 +63,7 @@ class ChunkedLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
             w, inputs = weight.detach().to(dtype), x.detach().to(dtype)
-            if bias is not None:  # one more input that is always 1: adding it to the logits takes longer
+            if bias is not None:  # as an extra input of 1: faster than adding it to the logits
                 w = torch.cat((w, bias.detach().to(dtype)[:, None]), dim=1)  # (V, C + 1)
                 inputs = torch.cat((inputs, inputs.new_ones(N, 1)), dim=1)  # (N, C + 1)
             chunks = max(1, -(-N * V * w.itemsize // CHUNK_BYTES))
@@ -82,7 +82,7 @@ class ChunkedLoss(torch.autograd.Function):
                 if grad:
                     factor = row_weights[start:start + R, None]  # (R, 1)
                     dx[start:start + R] = (logits @ w[:, :C]) * factor
-                    # a mean within the chunk: a sum over many rows may pass fp16's 65,504
+                    # a mean within the chunk: a sum over many rows may exceed fp16's 65,504
                     dw.add_((rows * (factor / R)).to(dtype).t().contiguous() @ logits, alpha=R)
             total = torch.dot(losses, row_weights)
         if grad:
@@ -94,7 +94,7 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
-        dw.mul_(scale)  # in place: a second backward through it is refused, as what was saved has changed
+        dw.mul_(scale)  # in place, so autograd refuses a second backward
         C = dx.size(1)
         dweight = dw[:C].t().contiguous().to(ctx.weight)  # (V, C)
         return None, dx * scale, dweight, None if ctx.bias is None else dw[C].to(ctx.bias), None, None, None

@@ -1,12 +1,12 @@
-"""Recurrences at the speed of matmuls: the gated context vector, and the linear one as a parallel scan.
+"""Recurrences at the speed of matmuls: the gated context vector, and linear recurrences as a parallel scan.
 
-    h, c = gated_loop(x, c, ...)   # in the loop only what depends on the previous context
+    h, c = gated_loop(x, c, ...)   # only what depends on the previous context is inside the loop
     c = linear_scan(f, b, c)       # c_t = f_t c_{t-1} + b_t for all t, in about 3 sqrt(T) operations
 
-A loop over positions under autograd is slow for what it repeats at each of them: gradients of the weights are
-summed T times, and each small operation is recorded. Here forward and backward run unrecorded and keep what
-later positions need; the gradient of each weight is one matmul over all positions at the end. On CUDA a loop
-is captured as a graph, so that its thousands of kernels are one launch.
+Under autograd a loop over positions is slow: it sums the gradients of the weights T times and records every
+small operation. Here forward and backward run unrecorded and save what backward needs; the gradient of each
+weight is one matmul over all positions at the end. On CUDA a loop is captured as a graph, so that its
+thousands of kernels become one launch.
 
 Shapes: B batch, T tokens, H hidden width, K context width, L layers
 """
@@ -23,13 +23,13 @@ GRAPHS = {}  # (loop, what it was captured for) -> (inputs, graph, outputs)
 
 
 def one_by_one(x, layer) -> bool:
-    """Whether a recurrence reads x (B, T, C) token by token: a single token, which also compiles, and with
-    INT8 layers, which have no float weights to form all positions from."""
+    """Whether a recurrence reads x (B, T, C) token by token: for a single token, which this way compiles too,
+    and with INT8 layers, which have no float weights for all positions at once."""
     return not torch.is_grad_enabled() and (x.size(1) == 1 or not isinstance(layer, torch.nn.Linear))
 
 
 def step_by_step(step, x, h, c):
-    """h, c = step(x_t, h, c) for each token of x (B, T, C): all h (B, T, K), and the last h and c."""
+    """h, c = step(x_t, h, c) for each token of x (B, T, C). Returns all h (B, T, K), the last h and c."""
     rows = []
     for x_t in x.unbind(dim=1):
         h, c = step(x_t, h, c)
@@ -38,17 +38,17 @@ def step_by_step(step, x, h, c):
 
 
 def graphed(loop, tensors: list) -> list:
-    """loop(tensors), a list of tensors; on CUDA captured once for each set of shapes, then replayed."""
+    """loop(tensors), a list of tensors; on CUDA captured once per set of shapes, then replayed."""
     if tensors[0].device.type != "cuda":
         return loop(tensors)
     key = (loop, *((t.device, t.shape, t.stride(), t.dtype) for t in tensors))
     if key not in GRAPHS:
         inputs, graph, side = [t.clone() for t in tensors], torch.cuda.CUDAGraph(), torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries choose their kernels before the capture
+        with torch.cuda.stream(side):  # before the capture, so that libraries choose their kernels
             loop(inputs)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others, as NCCL's, may go on
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's thread may run
             outputs = loop(inputs)
         if len(GRAPHS) >= 8:  # each holds its buffers
             GRAPHS.pop(next(iter(GRAPHS)))
@@ -57,24 +57,24 @@ def graphed(loop, tensors: list) -> list:
     for static, given in zip(inputs, tensors, strict=True):
         static.copy_(given)
     graph.replay()
-    return [t.clone() for t in outputs]  # the next replay writes over them
+    return [t.clone() for t in outputs]  # the next replay overwrites them
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The gated context vector
 
 
-@torch.compiler.disable  # unrolled, it would be compiled for minutes
+@torch.compiler.disable  # unrolled, it takes minutes to compile
 def gated_loop(x, c, w_context, w_gates, b_gates, w_norm, b_norm, *layers):
-    """x (T, B, H): what the first layer makes of the tokens alone, its bias included; c (B, K): the context
-    before them; layers: w, b, w, b, ... of the others. Returns the last layer (T, B, H) and the context
-    after the last token, which carries no gradient:
+    """x (T, B, H): the first layer's output from the tokens alone, bias included; c (B, K): the context
+    before them; layers: w, b, w, b, ... of the other layers. Returns the last layer's outputs (T, B, H) and
+    the context after the last token, which carries no gradient:
 
         h = relu(x_t + w_context c_{t-1}), then h = relu(w h + b) for each of `layers`
         f, i, u = w_gates h + b_gates, (K) each
         c_t = clamp(LayerNorm(sigmoid(f) c_{t-1} + sigmoid(i) u), +-10)
 
-    Products run in the dtype of x, all else in float32."""
+    Matmuls run in the dtype of x, all else in float32."""
     weights = [w.to(x.dtype) for w in (w_context, w_gates, b_gates, *layers)]
     tensors = [x, c.float(), w_norm.float(), b_norm.float(), *weights]
     with torch.autocast(x.device.type, enabled=False):
@@ -88,7 +88,7 @@ def gated_loop(x, c, w_context, w_gates, b_gates, w_norm, b_norm, *layers):
 
 def forward_loop(tensors, keep: bool = True) -> list:
     """-> h of each layer (T, B, H), contexts (T + 1, B, K), gates before their sigmoids (T, B, 3 K), means
-    and 1 / std of the norm (T, B, 1). Without `keep` all but the last layer have room for one token."""
+    and 1 / std of the norm (T, B, 1). Without `keep`, all but the last layer hold a single token."""
     x, c, w_norm, b_norm, w_context, w_gates, b_gates, *layers = tensors
     (T, B, H), K, L = x.shape, c.size(1), 1 + len(layers) // 2
     n = T if keep else 1
@@ -96,10 +96,10 @@ def forward_loop(tensors, keep: bool = True) -> list:
     contexts, gates = c.new_empty(n + 1, B, K), x.new_empty(n, B, 3 * K)
     means, scales = [], []
     contexts[0] = c
-    # views are made before the loop: made in it, they cost as much as the small operations
+    # views are made before the loop: inside, they cost as much as the small operations
     w_context, w_gates, weights = w_context.t(), w_gates.t(), [w.t() for w in layers[::2]]
     h_rows, gate_rows, context_rows = [a.unbind() for a in h], gates.unbind(), contexts[1:].unbind()
-    for t, x_t in enumerate(x.unbind()[:1] if isinstance(x, FakeTensor) else x.unbind()):  # memory.py: sizes
+    for t, x_t in enumerate(x.unbind()[:1] if isinstance(x, FakeTensor) else x.unbind()):  # fit.py: sizes
         y = torch.addmm(x_t, c.to(x.dtype), w_context, out=h_rows[0][t % len(h_rows[0])]).relu_()  # (B, H)
         for w, b, rows in zip(weights, layers[1::2], h_rows[1:], strict=True):
             y = torch.addmm(b, y, w, out=rows[t % len(rows)]).relu_()  # (B, H)
@@ -111,8 +111,8 @@ def forward_loop(tensors, keep: bool = True) -> list:
 
 
 def update(c, gates):
-    """sigmoid(f) c + sigmoid(i) u (B, K) of the context c (B, K) and f, i, u side by side (B, 3 K); and these
-    after their sigmoids, in float32."""
+    """sigmoid(f) c + sigmoid(i) u (B, K) from the context c (B, K) and gates f, i, u side by side (B, 3 K);
+    and the gates after their sigmoids, in float32."""
     g, K = gates.to(torch.float32, copy=True), c.size(1)
     g[:, :2 * K].sigmoid_()
     f, i, u = g.split(K, dim=1)
@@ -120,7 +120,7 @@ def update(c, gates):
 
 
 def backward_loop(tensors) -> list:
-    """-> gradients: of each layer before its ReLU (T, B, H), of the gates before their sigmoids (T, B, 3 K),
+    """-> gradients of each layer before its ReLU (T, B, H), of the gates before their sigmoids (T, B, 3 K),
     of the first context (B, K), of the norm's weight and bias (K)."""
     dy, w_norm, b_norm, w_context, w_gates, contexts, gates, means, scales, *rest = tensors
     B, K, L = dy.size(1), contexts.size(2), (len(rest) + 1) // 2
@@ -157,7 +157,7 @@ class GatedLoop(torch.autograd.Function):
         *h, contexts, gates, means, scales = graphed(forward_loop, tensors)
         ctx.save_for_backward(w_norm, b_norm, w_context, w_gates, contexts, gates, means, scales, *h,
                               *layers[::2])
-        last = contexts[-1].clone()  # not a view of what is saved
+        last = contexts[-1].clone()  # a view would keep all contexts alive
         ctx.mark_non_differentiable(last)
         return h[-1], last
 
@@ -169,7 +169,7 @@ class GatedLoop(torch.autograd.Function):
         h = rest[:len(dh)]
 
         def weight(d, a):
-            """The gradient of a layer with input a (T, B, in) whose output's is d (T, B, out)."""
+            """The weight gradient of a layer with input a (T, B, in) and output gradient d (T, B, out)."""
             return d.flatten(0, 1).t() @ a.flatten(0, 1)  # (out, in)
 
         layers = []
@@ -186,30 +186,31 @@ class GatedLoop(torch.autograd.Function):
 def linear_scan(f, b, c):
     """c_t = f_t c_{t-1} + b_t: f, b (B, T, K) with f in [0, 1], c (B, K) before the first -> (B, T, K).
 
-    In chunks of sqrt(T): within all chunks at once, then from chunk to chunk, then what each chunk was given
-    is added to its tokens. Nothing is ever divided by a product of gates, which may vanish, so the result is
-    that of the loop to rounding for any T."""
+    Chunks of sqrt(T) tokens: first within all chunks at once, then from chunk to chunk, then each chunk's
+    incoming value is added to its tokens. It never divides by a product of gates, which may vanish, so for
+    any T the result equals the loop's up to rounding."""
+    if b.size(1) == 1:
+        return torch.addcmul(b, f, c[:, None])
     return LinearScan.apply(f, b, c)
 
 
 def scan_loop(tensors, reverse: bool = False) -> list:
-    """The same without a gradient, in a list and in place of b; `reverse` runs from the last token to the
-    first."""
+    """The same without a gradient, overwriting b, as a list; `reverse` runs from last token to first."""
     f, b, c = tensors
     B, T, K = b.shape
     size = math.isqrt(T - 1) + 1
     n = -(-T // size)  # chunks
-    if n * size > T:  # tokens that change nothing, where they come last
+    if n * size > T:  # pad with tokens that change nothing, at the end of the run
         pad = (0, 0, n * size - T, 0) if reverse else (0, 0, 0, n * size - T)
         f, b = F.pad(f, pad, value=1.0), F.pad(b, pad)
     f, b = (a.view(B, n, size, K) for a in (f, b))
     steps, chunks = (range(size)[::-1], range(n)[::-1]) if reverse else (range(size), range(n))
-    a = torch.empty_like(f)  # (B, n, size, K), the product of the gates of a chunk up to each token
+    a = torch.empty_like(f)  # (B, n, size, K), product of a chunk's gates up to each token
     a[:, :, steps[0]] = f[:, :, steps[0]]
     for before, now in itertools.pairwise(steps):
         torch.mul(a[:, :, before], f[:, :, now], out=a[:, :, now])
         b[:, :, now].addcmul_(f[:, :, now], b[:, :, before])
-    given = torch.empty_like(b[:, :, 0])  # (B, n, K), what each chunk starts from
+    given = torch.empty_like(b[:, :, 0])  # (B, n, K), the value each chunk starts from
     for j in chunks:
         given[:, j] = c
         c = torch.addcmul(b[:, j, steps[-1]], a[:, j, steps[-1]], c)  # (B, K)

@@ -1,10 +1,10 @@
-"""One optimiser step in two leaf functions; what an experiment changes stands between them in its own loop.
+"""One optimiser step as two leaf functions; an experiment's loop puts its own code between them.
 
     loss = backward(net, batches, dist, dtype, scaler)      # gradients of the whole step, on all processes
     norm = update(model, optimizer, scaler, clip, loss)     # clipped and applied, or NotFinite
 
-The loss of a step is the sum over its counted targets divided by their number, over all micro-batches and
-processes: nothing depends on how the batch was cut, or on where masked targets fell.
+The loss of a step is the sum over its counted targets divided by their number, across all micro-batches and
+processes. It does not depend on how the batch was split or where masked targets fell.
 """
 import contextlib
 import importlib.util
@@ -18,23 +18,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class NotFinite(UserError):
-    """A loss or gradient that is not finite; nothing was applied."""
+    """The loss or gradient is not finite; the update was not applied."""
 
 
 def choose_compile(compile: str, flops: float, device) -> tuple[bool, str]:
-    """(whether to compile; the reason), for a run of so many FLOPs."""
+    """(whether to compile, the reason), for a run that costs this many FLOPs."""
     if compile != "auto":
         return compile == "true", "as asked"
     if device.type != "cuda":
-        return False, "saves nothing here"  # measured on CPU: the loss and attention are not compiled anyway
+        return False, "no gain here"  # measured on CPU; the loss and attention are not compiled anyway
     if not importlib.util.find_spec("triton"):
         return False, "triton is not installed"
-    # a minute of compiling against a fifth or more of the time; small GPUs reach about 1e13 FLOP/s
-    return (True, "a long run") if flops > 5e15 else (False, "the run is too short to earn it back")
+    # compiling takes a minute and saves a fifth or more; small GPUs reach about 1e13 FLOP/s
+    return (True, "a long run") if flops > 5e15 else (False, "the run is too short to gain")
 
 
 def wrap(model, compiled: bool, dist: Dist):
-    """The model as backward() calls it: compiled, and in DDP under torchrun."""
+    """The model for backward(): compiled if asked, in DDP under torchrun."""
     net = torch.compile(model) if compiled else model
     if dist.grouped:
         own = [dist.device.index] if dist.device.type == "cuda" else None
@@ -49,13 +49,13 @@ def next_token_loss(net, x, y, state=None):
 
 def backward(net, batches: list[tuple], dist: Dist, dtype: str, scaler, *, loss_of=next_token_loss,
              seeds=None, tbptt: int = 0):
-    """Add up the gradients of one optimiser step; returns its mean loss over all processes, a tensor in
-    float64 for which nothing has waited yet.
+    """Accumulate the gradients of one optimiser step. Returns its mean loss over all processes, a float64
+    tensor that has not waited for the GPU.
 
-    batches: this process's micro-batches (x (B, T), y (B, T), more if loss_of takes more); targets y of -1 do
-    not count. loss_of(net, x, y, ..., state=None) -> (mean over the counted targets of this micro-batch,
-    state). seeds: of the random generator before each micro-batch, so that dropout is a function of the
-    samples. tbptt: tokens to back-propagate through at a time, while net's state is carried on; 0 = all. """
+    batches: this process's micro-batches (x (B, T), y (B, T), and whatever else loss_of takes); targets y of
+    -1 do not count. loss_of(net, x, y, ..., state=None) -> (mean over the micro-batch's counted targets,
+    state). seeds: for the random generator before each micro-batch, so that dropout is a function of the
+    samples. tbptt: tokens to back-propagate through at a time, carrying net's state along; 0 = all."""
     device, mean = dist.device, 0.0
     pieces = [(i, *piece) for i, batch in enumerate(batches)
               for piece in zip(*(part.split(tbptt or part.size(1), dim=1) for part in batch), strict=True)]
@@ -82,9 +82,9 @@ def unwrap(net):
 
 
 def update(model, optimizer, scaler, grad_clip: float, loss) -> float:
-    """Clip the gradients at this norm (0 = not), apply and drop them; returns their norm before. NotFinite,
-    and nothing applied, if the loss or the norm is not (with loss scaling an infinite norm skips the
-    step)."""
+    """Clip the gradients to this norm (0 = no clipping), apply and clear them; returns their norm before
+    clipping. Raises NotFinite, with nothing applied, if the loss or the norm is not finite (with loss scaling
+    the scaler skips a step with infinite gradients instead)."""
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     loss = float(loss)
@@ -97,6 +97,6 @@ def update(model, optimizer, scaler, grad_clip: float, loss) -> float:
 
 
 def check_gradients(model) -> None:
-    """A guard for the first step: whatever is to be trained must have received a gradient."""
+    """A guard for the first step: every trainable parameter must have received a gradient."""
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, f"parameters without a gradient: {idle}"

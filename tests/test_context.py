@@ -256,8 +256,8 @@ def test_the_compiled_step_makes_the_same_tokens(options):
     (LSTM | {"pos": "none", "context_update": "scan"}, "mixer=lstm needs --context_update=gated"),
     ({"context_dim": 64}, "mixer=attention needs --context_dim=0"),
     ({"short_conv": -1}, "short_conv must not be negative"),
-    ({"tbptt": 16}, "tbptt=16 carries a state"),
-    (SCAN | {"pos": "none", "tbptt": 8, "checkpoint_activations": True}, "tbptt carries their state on"),
+    ({"tbptt": 16}, "tbptt=16 carries a fixed-size state"),
+    (SCAN | {"pos": "none", "tbptt": 8, "checkpoint_activations": True}, "tbptt carries their state along"),
     (GATED | {"pos": "none", "checkpoint_activations": True}, "use tbptt to save memory")])
 def test_what_makes_no_sense_is_refused_by_name(options, message):
     with pytest.raises(ConfigError, match=message):

@@ -236,7 +236,7 @@ def test_queries_keys_values_and_gates_are_orthogonal_each():
 
 
 def test_learning_rate_of_a_head_that_is_tied_is_refused():
-    with pytest.raises(train.UserError, match="head_lr=0.001 is set, but the head's matrix"):
+    with pytest.raises(train.UserError, match="head_lr=0.001 is set, but the head is tied"):
         config(head_lr=1e-3)
 
 
