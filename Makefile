@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint bench
+.PHONY: demo test test-slow test-gpu lint bench
 
 demo: $(VENV)/run
 	$(RUN) prepare_data.py shakespeare
@@ -14,7 +14,10 @@ test: $(VENV)/dev
 	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 test-slow: $(VENV)/dev
-	$(RUN) -m pytest -m "" -n auto --maxprocesses=4 --dist=worksteal
+	$(RUN) -m pytest -m "not gpu" -n auto --maxprocesses=4 --dist=worksteal
+
+test-gpu: $(VENV)/dev
+	$(RUN) -m pytest tests/test_cuda.py -m gpu -s -rs
 
 lint: $(VENV)/dev
 	$(RUN) -m ruff check .
