@@ -7,7 +7,7 @@ import model as model_module
 from common.config import ConfigError, load
 from common.generation import KVCache, sample_token
 from model import LM, ModelConfig, rope_angles, rotate
-from muon import lr_fraction
+from muon import lr_fraction, make_optimizer
 from train import TrainConfig
 
 import pytest
@@ -328,6 +328,16 @@ def test_one_repeated_batch_is_learned_by_heart(options):
 def test_contradictions_are_refused_by_name(options, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(**options)
+
+
+@pytest.mark.parametrize("option", ["activation", "mixer", "norm", "pos", "schedule", "optimizer"])
+def test_a_value_that_nobody_handles_raises(option):
+    """As after adding one to its Literal alone: nothing falls through to the last branch."""
+    cfg = TrainConfig(vocab_size=9, d_model=8, n_heads=2)
+    object.__setattr__(cfg, option, "another")
+    with pytest.raises((KeyError, NotImplementedError), match="another"):
+        make_optimizer(LM(cfg), cfg)
+        lr_fraction(0, cfg, 10)
 
 
 def test_learning_rate_schedules():

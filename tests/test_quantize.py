@@ -153,6 +153,17 @@ def test_the_compiled_step_generates_the_same_tokens():
                        joined(model, tokens(1, 3), 15, temperature=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_stay_in_float32(dtype):
+    """8 bits of a scale would be an error of all of its row."""
+    model = to_int8(tiny())
+    before = {name: p.clone() for name, p in model.named_parameters() if name.endswith(".scale")}
+    model.to(dtype)
+    after = dict(model.named_parameters())
+    assert len(before) > 5 and all(torch.equal(after[name], scale) for name, scale in before.items())
+    assert after["trunk.0.mixer_norm.weight"].dtype == dtype
+
+
 def test_an_int8_model_cannot_be_trained():
     model = to_int8(tiny())
     with pytest.raises(UserError, match="INT8 weights cannot be trained"):

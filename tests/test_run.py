@@ -1,14 +1,17 @@
 """common/run.py and common/files.py: what a run resumes from, its ledger, disks that refuse writes."""
 import dataclasses
+import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import train
-from common import run
+from common import files, run
 from common.config import UserError, load
 from common.distributed import Dist
 from common.files import DiskError, append_row, read_rows, write_text
@@ -182,3 +185,69 @@ def test_a_failed_write_says_which_file_and_why(tmp_path, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     assert open(path).read() == "before" and sorted(os.listdir(tmp_path)) == ["file", "kept", "out"]
+
+
+@pytest.mark.parametrize("number, reason", [(errno.ENOSPC, "the disk is full; free some space"),
+                                            (errno.EROFS, "the disk is read-only")])
+@pytest.mark.parametrize("file", ["last.pt", "metrics.jsonl"])
+def test_a_disk_that_refuses_in_the_middle_of_a_run(small, monkeypatch, number, reason, file):
+    """Checkpoint or log: one message, and the last save stays whole."""
+    cfg = small(save_minutes=0.0)
+    train.main(small(save_minutes=0.0, max_minutes=1e-6))  # a single step
+    before = Path(cfg.out_dir, "run/last.pt").read_bytes()
+    real_replace = os.replace
+
+    def replace(source, target):
+        if target.endswith(file):
+            raise OSError(number, os.strerror(number), target)
+        real_replace(source, target)
+
+    def opened(path, *mode, **options):
+        if str(path).endswith(file) and mode == ("ab+",):
+            raise OSError(number, os.strerror(number), path)
+        return open(path, *mode, **options)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    with pytest.raises(DiskError, match=f"could not write .*{file}: {reason}\nwhat was saved before is"):
+        train.main(cfg)
+    assert Path(cfg.out_dir, "run/last.pt").read_bytes() == before
+    assert not list(Path(cfg.out_dir, "run").glob("*.tmp"))
+    monkeypatch.undo()
+    assert train.main(cfg)["counts"]["steps"] == 20
+
+
+def test_a_full_disk_while_text_is_prepared(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times.\n" * 3000)
+    code = ("import resource, signal, prepare_data; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY)); "
+            "from common.config import launch; launch(prepare_data.main, prepare_data.PrepareConfig)")
+    done = subprocess.run([sys.executable, "-c", code, str(text), f"--data_dir={tmp_path}/data",
+                           "--tokenizer=bytes"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: could not write" in done.stderr and "--data_dir" in done.stderr
+    assert os.listdir(tmp_path / "data") == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ctrl-C before there is anything to save
+
+
+@pytest.mark.parametrize("command", [["train.py", "config/demo.py"], ["prepare_data.py", "TEXT"]])
+def test_ctrl_c_while_a_script_starts_ends_with_a_line(tmp_path, command):
+    """At any moment of the import, which takes seconds, and of the work after it."""
+    text = tmp_path / "text.txt"
+    text.write_text("It was the best of times, it was the worst of times.\n" * 100_000)
+    command = [c.replace("TEXT", str(text)) for c in command]
+    started = []
+    for i in range(5):
+        where = [f"--data_dir={tmp_path}/{i}", "--tokenizer=bpe:2000"] if "prepare" in command[0] else []
+        started.append(subprocess.Popen([sys.executable, *command, *where], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.PIPE, text=True))
+    for process in started:
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    said = [process.communicate(timeout=60)[1] for process in started]
+    assert all("Traceback" not in text for text in said) and sum("interrupted" in text for text in said) >= 2
+    assert {process.returncode for process in started} <= {0, 1, 2, 130}, said
