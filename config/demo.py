@@ -1,4 +1,4 @@
-# A first success: a small model of Shakespeare in about five minutes on two CPU cores, in seconds on a GPU.
+# A first success: a small model of Shakespeare in a minute or two on two CPU cores, in seconds on a GPU.
 #   make demo, or:  python prepare_data.py shakespeare && python train.py config/demo.py
 data = "data/shakespeare"
 max_seq_len = 128

@@ -2,9 +2,8 @@
 # Changed: nothing yet, the first rung: 78,272 parameters on the first 50,000 tokens of Shakespeare.
 # Documents (exp 1, at WikiText scale): data starvation, the worst rung of the ladder.
 #   python prepare_data.py shakespeare && python train.py config/mini1.py
-# The mini ladder asks the seven questions of exp 1-7 at a scale where a laptop answers them. All rungs see
-# 2.0M tokens (1.4 epochs of the whole text), so that only data, size and architecture differ; no dropout, and
-# a learning rate that suits the width.
+# The mini ladder asks the questions of exp 1-7 on a laptop. Every rung trains on 2.0M tokens (1.4 epochs of
+# the whole text), so only data, size and architecture differ; no dropout, a learning rate to suit the width.
 data = "data/shakespeare"
 train_tokens = 50_000
 max_seq_len = 128

@@ -1,10 +1,10 @@
 # Question: can a language model work without attention, with a memory of fixed size?
 # Documents: validation perplexity 23.34 (epoch 27 of 50) on WikiText-2 with the 1,000 most frequent words and
-# one <unk> for all others; not comparable with perplexities of other vocabularies.
+# one <unk> for all others, so it does not compare with perplexities of other vocabularies.
 #   python prepare_data.py wikitext2 --tokenizer=words:1000 --name=wikitext2_words1000
 #   python train.py config/newllm_baseline.py
-#   python train.py config/newllm_baseline.py --dtype=fp16 --max_minutes=85  # Colab; the same again goes on
-# 2,739,432 parameters. Beside it, of equal size: newllm_scan, newllm_lstm, newllm_transformer.
+#   python train.py config/newllm_baseline.py --dtype=fp16 --max_minutes=85  # Colab; repeat it to resume
+# 2,739,432 parameters. newllm_scan, newllm_lstm and newllm_transformer are of equal size.
 data = "data/wikitext2_words1000"
 vocab_size = 1000
 max_seq_len = 64

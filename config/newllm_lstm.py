@@ -1,4 +1,4 @@
-# The LSTM beside newllm_baseline: 2 layers, each with a feed-forward. 2,740,696 parameters.
+# An LSTM the size of newllm_baseline: 2 layers, each with a feed-forward. 2,740,696 parameters.
 from config.newllm_baseline import *
 
 mixer = "lstm"

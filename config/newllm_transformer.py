@@ -1,4 +1,4 @@
-# The transformer beside newllm_baseline: 4 layers, RoPE. 2,736,840 parameters.
+# A transformer the size of newllm_baseline: 4 layers, RoPE. 2,736,840 parameters.
 from config.newllm_baseline import *
 
 mixer = "attention"

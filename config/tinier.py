@@ -2,9 +2,9 @@
 #   python prepare_data.py gutenberg --tokenizer=bpe:8192 --max_tokens=500e6
 #   torchrun --standalone --nproc_per_node=2 train.py config/tinier.py
 #   python train.py config/tinier.py --data=data/shakespeare_bpe8192 --max_steps=500      # on a laptop
-# 4,894,272 parameters, 3,321,408 without embeddings. The head is tied: its learning rate is embed_lr.
-# The notes' 0.02 was a factor on lr, which leaves the matrices nearly where they start; here it is Muon's
-# own learning rate, as published (RESULTS.md compares both).
+# 4,894,272 parameters, 3,321,408 without embeddings. The head is tied, so its learning rate is embed_lr.
+# The notes used 0.02 as a factor on lr, at which the matrices hardly move; here it is Muon's own learning
+# rate, as published (RESULTS.md compares the two).
 data = "data/gutenberg"
 max_seq_len = 512
 d_model = 192

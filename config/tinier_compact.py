@@ -1,6 +1,6 @@
-# Question: how far does reuse go? The notes' combined proposal.
+# Question: how far can reuse go? The notes' combined proposal.
 # Changed: 3 blocks used 3 times with adapters, all their matrices of rank 32, one pool of 4 feed-forward
-# experts for all layers, embeddings of width 64 brought to 192.
+# experts for all layers, embeddings factorised as 64 -> 192.
 #   python train.py config/tinier_compact.py --dry_run
 # 962,624 parameters, 438,336 without embeddings.
 from config.tinier import *

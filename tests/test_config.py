@@ -15,7 +15,7 @@ import recall_probe
 import sample
 import sweep
 import train
-from common.config import Config, ConfigError, UserError, help_text, launch, load
+from common.config import Config, ConfigError, UserError, help_text, launch, load, option_types
 
 import pytest
 
@@ -202,6 +202,16 @@ def test_a_script_prints_a_mistake_without_a_traceback():
     assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
     assert "no option 'batchsize'; did you mean 'batch_size'?" in done.stderr
     assert "n_heads=3 does not divide d_model=128" in done.stderr
+
+
+def test_an_option_has_one_type_in_all_scripts():
+    types = {}
+    for script, cls in SCRIPTS.items():
+        for name, kind in option_types(cls).items():
+            types.setdefault(name, {}).setdefault(str(kind), []).append(script)
+    assert not {name: kinds for name, kinds in types.items() if len(kinds) > 1}
+    assert all({"device", "dtype", "compile"} <= option_types(cls).keys() for script, cls in SCRIPTS.items()
+               if script != "prepare_data.py")  # which runs no model
 
 
 @pytest.mark.parametrize("error, code, message", [
