@@ -54,6 +54,7 @@ def test_blocks_equal_the_dense_mask(flash, window, T, S):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_mask_is_the_same_mask():
     q, k, v = (x.detach() for x in random_qkv(200, 200, D=16))
     got = flex_attention(q, k, v, block_mask=flex_mask(200, 37, q.device))
