@@ -400,10 +400,7 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == "fp16")
     if saved:
-        checkpoint.load_weights(model, saved["model"], run.folder)
-        optimizer.load_state_dict(saved["optimizer"])
-        if scaler.is_enabled() and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+        run.restore(saved, model, optimizer, scaler)
         progress = Progress(**{f.name: saved["progress"][f.name] for f in fields(Progress)})
     elif cfg.init_from:
         source = checkpoint.load(cfg.init_from, keys=("model", "config", "tokenizer"))

@@ -132,6 +132,13 @@ class Run:
             for name in filter(os.path.exists, map(self.path, old)):
                 os.remove(name)
 
+    def restore(self, saved: dict, model, optimizer, scaler) -> None:
+        """Load weights, optimiser and loss scale as saved."""
+        checkpoint.load_weights(model, saved["model"], self.folder)
+        optimizer.load_state_dict(saved["optimizer"])
+        if scaler.is_enabled() and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+
     def save(self, name: str, model, optimizer, scaler, **progress) -> None:
         """Write a checkpoint, without random state: data order and dropout depend on (seed, sample) only."""
         if self.dist.is_main:
