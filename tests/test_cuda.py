@@ -193,7 +193,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(on_device, options):
         assert a.get("step") is None or float(a["step"]) == float(b["step"]) == 20
 
 
-@pytest.mark.parametrize("kind", ["attention", "window", "experts", "scan"])
+@pytest.mark.parametrize("kind", ["attention", "window", "scan"])
 def test_compiled_training_has_the_same_losses(on_device, kind):
     runs = [on_device(name=name, compile=name, max_steps=4, dtype="fp32", max_seq_len=32, **KINDS[kind])
             for name in ("false", "true")]
@@ -235,7 +235,7 @@ def test_generation_is_that_of_the_cpu_compiled_or_not(exact, name):
     prompt = tokens(1, 5)
     expected = joined(here, prompt, 40, temperature=0)
     assert torch.equal(joined(there, prompt.to(DEVICE), 40, temperature=0).cpu(), expected)
-    if name != "lstm" or not REAL:  # one step of cuDNN's LSTM is not compiled
+    if name in ("attention", "window", "scan", "gated"):  # the others compile the same code
         compiled = joined(there, prompt.to(DEVICE), 40, temperature=0, compile=True)
         assert torch.equal(compiled.cpu(), expected)
 
@@ -274,7 +274,7 @@ def test_a_batch_too_large_for_the_device_is_run_in_pieces_that_fit(on_device):
         assert needs.peak(micro, 1) <= 2e9 < needs.peak(2 * micro, 1)
 
 
-@pytest.mark.parametrize("shape", ["exp3", "exp6", "d256", "generate"] if REAL else ["tiny"])
+@pytest.mark.parametrize("shape", ["exp3", "exp6", "generate"] if REAL else ["tiny"])
 def test_speed_is_measured_with_mfu(tmp_path, shape):
     """The table's figures; nothing is asserted of time."""
     out = str(tmp_path / "bench.json")
