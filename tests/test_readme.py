@@ -193,6 +193,15 @@ def test_a_forgotten_place_is_named(tmp_path, forgotten, code, message):
 # What it names
 
 
+def test_training_alone_needs_the_files_it_says(tmp_path):
+    """Copied to Colab, say."""
+    said = re.search(r"training alone needs (.*?)\)", README, re.S)[1]
+    for name in re.findall(r"`(.*?)`", said):
+        (shutil.copytree if name.endswith("/") else shutil.copy)(name, tmp_path / name)
+    done = run_in(tmp_path, "import train; train.main(train.TrainConfig(vocab_size=99, dry_run=True))")
+    assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
+
+
 def test_it_is_one_page():
     assert len(README.split()) <= 2300
 
