@@ -51,7 +51,7 @@ class ModelConfig(Config):
     max_seq_len: int = 512  # training context in tokens; rows of the position table with pos=learned
     d_model: int = 128  # width C of the residual stream
     n_layers: int = 4  # blocks; for the gated context, ReLU layers inside its loop
-    mixer: "Literal[tuple(MIXERS)]" = "attention"  # attention | context | lstm: two of fixed-size state
+    mixer: "Literal[tuple(MIXERS)]" = "attention"  # attention | context | lstm (fixed-size states)
     context_update: "Literal[tuple(MIXERS['context'])]" = "gated"  # gated | scan: gates read the token alone
     context_dim: int = 0  # width K of the context vector or the LSTM's state; 0 = d_model
     short_conv: int = 0  # causal convolution over this many tokens before each mixer; 0 = none
@@ -66,11 +66,11 @@ class ModelConfig(Config):
     n_experts: int = 0  # feed-forwards in one pool for all layers, one used per token; 0 = no pool
     expert_balance: float = 0.01  # weight of the loss that keeps the experts evenly loaded
     embed_rank: int = 0  # embedding factorised as V x rank, rank x C, and the head likewise; 0 = V x C
-    norm: Literal[tuple(NORMS)] = "layernorm"  # before each mixer and feed-forward, and at the end
+    norm: Literal[tuple(NORMS)] = "layernorm"  # layernorm | rmsnorm: before mixer, feed-forward, head
     bias: bool = True  # biases on linear layers and LayerNorm
     head_bias: bool = True  # a bias of size V on the logits
     tie_embeddings: bool = True  # head and embedding share one matrix
-    pos: Literal["learned", "rope", "none"] = "learned"  # positions; rope has no length limit
+    pos: Literal["learned", "rope", "none"] = "learned"  # learned | rope (no length limit) | none
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
     qk_norm: bool = False  # normalise queries and keys per head, without weights
     attn_scale: bool = False  # learnable factor per head on the scores, 1 at the start

@@ -32,10 +32,10 @@ class OptimizerConfig(Config):
     embed_lr: float = 0.0  # for embeddings; 0 = lr
     head_lr: float = 0.0  # for an untied head; 0 = lr
     scalar_lr: float = 0.0  # for norms, biases, other vectors and routers; 0 = lr
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # wsd = warm-up, stable, decay
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"  # cosine | linear | constant | wsd
     warmup_steps: int = 0  # steps of linear warm-up
     min_lr_ratio: float = 0.1  # final learning rate of cosine, linear and wsd, as a fraction of lr
-    decay_fraction: float = 0.2  # wsd: the last fraction of the run, in which lr decays
+    decay_fraction: float = 0.2  # wsd (warm-up, stable, decay): the last fraction, in which lr decays
     weight_decay: float = 0.1  # of matrices and an untied head; embeddings, norms and biases have none
     beta1: float = 0.9  # decay of Adam's first moment, or SGD's momentum
     beta2: float = 0.95  # decay of Adam's second moment
