@@ -2,8 +2,10 @@
 
 Nothing here knows the architecture. What autograd keeps is counted on fake tensors, which have shapes but no
 memory, so the prediction follows every change to model.py; what its hooks cannot see, layers declare."""
+import contextlib
 import math
 import os
+import signal
 from dataclasses import replace
 
 from common import distributed, head_loss
@@ -13,6 +15,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 LAYER_OBJECTS = 1e5  # rough bytes of Python objects per layer of any kind
+
+
+@contextlib.contextmanager
+def fake_tensors():
+    """Tensors made inside have shapes but no memory. Ctrl-C waits: inside, it would abort the process."""
+    held, handler = [], signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def kept_by_autograd(model, sequences: int, seq_len: int, dtype: str) -> int:
@@ -44,7 +60,7 @@ class Needs:
     def __init__(self, make_model, cfg, dtype: str, device):
         self.cfg = cfg
         length = min(cfg.tbptt or cfg.max_seq_len, cfg.max_seq_len)  # tokens per backward pass
-        with FakeTensorMode():
+        with fake_tensors():
             self.model = make_model(cfg)
             one, two = (kept_by_autograd(self.model, n, length, dtype) for n in (1, 2))
         unseen = {type(m): m.unseen_memory for m in self.model.modules() if hasattr(m, "unseen_memory")}
@@ -91,7 +107,7 @@ def refuse_hopeless(make_model, cfg, room: float, batch_size: int, states: int =
     unit, unique = cfg.qkv_share or 1, cfg.n_unique_blocks or cfg.n_layers
     few = [replace(cfg, n_layers=n, n_unique_blocks=0) for n in (unit, 2 * unit)]
     try:
-        with FakeTensorMode():
+        with fake_tensors():
             a, b = (sum(p.numel() for p in make_model(c).parameters()) for c in few)
     except RuntimeError:  # a size beyond 2^63
         a = b = 1e30

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import train
 from common import distributed, fit
 from common.config import UserError
+from common.stop import StopRequest
 from model import LM
 
 import pytest
@@ -57,6 +59,29 @@ def test_what_autograd_keeps_is_counted_exactly(small):
         kept = fit.kept_by_autograd(Two(), 3, 11, "fp32")
     n = 3 * 11  # tokens: each an id (8 bytes), 10 and 30 floats, and 2 x 5 of the result and its gradient
     assert kept == n * (8 + 4 * (10 + 30 + 2 * 5))
+
+
+def test_ctrl_c_waits_until_the_counting_is_done(small):
+    """Raised inside, a KeyboardInterrupt makes torch abort the process."""
+    built = []
+
+    def make_model(cfg):
+        model = LM(cfg)
+        signal.raise_signal(signal.SIGINT)
+        built.append(model)
+        return model
+
+    cfg = small(vocab_size=300, dtype="fp32")
+    for work in (lambda: fit.Needs(make_model, cfg, "fp32", CPU),
+                 lambda: fit.refuse_hopeless(make_model, cfg, 1e15, 8)):
+        before = signal.getsignal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert built and signal.getsignal(signal.SIGINT) is before
+        built.clear()
+    with StopRequest() as stop:  # asks as politely as elsewhere
+        fit.Needs(make_model, cfg, "fp32", CPU)
+        assert stop.requested
 
 
 def needs_of(cfg):
