@@ -44,6 +44,7 @@ def session(cfg, seconds: float | None, number=signal.SIGKILL) -> int:
     if pid == 0:
         code = 1
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # shells' background jobs ignore it
             sys.stdout = sys.stderr = open(os.path.join(cfg.out_dir, "said"), "w", buffering=1)
             train.main(cfg)
             code = 0
