@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import time
 import uuid
@@ -13,7 +14,7 @@ from typing import Literal
 
 from common import checkpoint, distributed
 from common.config import Config, UserError
-from common.files import append_row, make_folder, read_rows, write_text, writing
+from common.files import append_row, make_folder, read_rows, write_atomically, write_text, writing
 
 import torch
 
@@ -94,9 +95,9 @@ class Run:
         configuration or other data, or if processes see different runs. A collective."""
         if self.cfg.overwrite:
             return None
-        path, best, data = self.path("last.pt"), self.path("best.pt"), self.data
-        saved, step = None, -1
-        if os.path.exists(path):
+        data, saved, step = self.data, None, -1
+        # best.pt alone: a kill came between the first evaluation's two saves
+        if path := next(filter(os.path.exists, map(self.path, ("last.pt", "best.pt"))), None):
             saved = checkpoint.load(path, ("model", "optimizer", "scaler", "progress", "config", *data))
             step = saved["progress"]["step"]
             if data["tokenizer"]:
@@ -107,10 +108,6 @@ class Run:
                     + "\n  ".join(differences) + "\nkeep it and use --name=OTHER, delete it with "
                     "--overwrite, or train its weights further in a new run with "
                     f"--init_from={self.folder} --name=OTHER")
-        elif os.path.exists(best):
-            raise checkpoint.CheckpointError(
-                f"{self.folder} has best.pt but no last.pt; continue from it with:  cp {best} {path}\n"
-                "or start over with --overwrite, or use another --name")
         if (self.dist.min(step), -self.dist.min(-step)) != (step, step):
             raise UserError(f"not all processes see the same run in {self.folder}: with several machines it "
                             "must be on a disk they share")
@@ -124,6 +121,9 @@ class Run:
             self.sessions = saved["progress"]["sessions"] + 1
         if not self.dist.is_main:
             return
+        if saved and not os.path.exists(self.path("last.pt")):
+            with open(self.path("best.pt"), "rb") as best:
+                write_atomically(self.path("last.pt"), lambda last: shutil.copyfileobj(best, last))
         if saved:
             rows = [r for r in read_rows(self.path("metrics.jsonl")) if keep(r)]
             write_text(self.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))

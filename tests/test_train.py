@@ -170,9 +170,10 @@ print("killed", sum(c == -9 for c in codes), "last", codes[-1])
 """
 
 
-def test_kill_9_while_files_are_written_loses_nothing(small):
+@pytest.mark.parametrize("minutes", [0.0, 5.0])  # between saves; with 5 an evaluation makes the first one
+def test_kill_9_while_files_are_written_loses_nothing(small, minutes):
     """Kills at random moments are in tests/kills.py."""
-    options = {"save_minutes": 0.0, "max_steps": 40, "dropout": 0.1}
+    options = {"save_minutes": minutes, "max_steps": 40, "dropout": 0.1}
     whole, parts = small(name="whole", **options), small(name="parts", **options)
     os.makedirs(parts.out_dir)
     train.main(whole)
@@ -227,13 +228,18 @@ def test_another_config_is_refused_with_the_differences(small, corpus):
     assert train.main(small(max_steps=3, overwrite=True))["counts"]["steps"] == 3
 
 
-def test_best_without_last_is_not_overwritten(small):
-    train.main(small())
-    os.remove(os.path.join(small().out_dir, "run/last.pt"))
-    with pytest.raises(
-        checkpoint.CheckpointError, match="best.pt but no last.pt; continue from it with:  cp "
-    ):
-        train.main(small())
+def test_a_run_with_best_alone_resumes_from_it(small):
+    """As after a kill between the first evaluation's two saves, or when somebody deleted last.pt."""
+    whole, parts = small(name="whole"), small(name="parts")
+    train.main(whole)
+    train.main(parts)
+    os.remove(os.path.join(parts.out_dir, "parts/last.pt"))
+    assert final(parts, "best.pt")["progress"]["step"] > 0
+    assert train.main(parts)["status"] == "finished"
+    assert_same_run(whole, parts)
+    os.remove(os.path.join(parts.out_dir, "parts/last.pt"))
+    with pytest.raises(UserError, match="another configuration"):
+        train.main(dataclasses.replace(parts, lr=1.0))
 
 
 def test_two_trainings_in_one_folder_are_refused(small):
