@@ -56,7 +56,9 @@ class RunConfig(MachineConfig):
 # ------------------------------------------------------------------------------------------------------------
 # The run
 
-FILES = ("last.pt", "best.pt", "int8.pt", "metrics.jsonl", "samples.txt", "loss.png")
+LOGS = ("metrics.jsonl", "probes.jsonl")
+FILES = ("last.pt", "best.pt", "int8.pt", *LOGS, "samples.txt", "loss.png", "facts.jsonl", "summary.json",
+         "table.md", "effect.png", "config.json")
 
 
 class Run:
@@ -114,8 +116,8 @@ class Run:
         return saved
 
     def begin(self, saved: dict | None, keep=lambda row: True) -> None:
-        """Resume from `saved`, or delete the old run and start a new one. Resuming drops the rows of
-        metrics.jsonl that `keep` rejects: a killed run logged them after its last save and repeats them."""
+        """Resume from `saved`, or delete the old run and start a new one. Resuming drops the rows of LOGS
+        that `keep` rejects: a killed run logged them after its last save and repeats them."""
         if saved:
             self.id, self.seconds = saved["progress"]["run_id"], saved["progress"]["seconds"]
             self.sessions = saved["progress"]["sessions"] + 1
@@ -124,9 +126,8 @@ class Run:
         if saved and not os.path.exists(self.path("last.pt")):
             with open(self.path("best.pt"), "rb") as best:
                 write_atomically(self.path("last.pt"), lambda last: shutil.copyfileobj(best, last))
-        if saved:
-            rows = [r for r in read_rows(self.path("metrics.jsonl")) if keep(r)]
-            write_text(self.path("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
+        for log in filter(os.path.exists, map(self.path, LOGS if saved else ())):
+            write_text(log, "".join(json.dumps(r) + "\n" for r in read_rows(log) if keep(r)))
         old = [f"{name}.tmp" for name in FILES] + list(FILES) * (not saved)  # .tmp: a kill during a write
         with writing(self.folder):
             for name in filter(os.path.exists, map(self.path, old)):

@@ -113,6 +113,8 @@ class RankBPE(Tokenizer):
         def work(group):  # into arrays, because tiktoken encodes without the GIL but fills lists under it
             return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in group]
 
+        if len(texts) < 32:  # starting threads takes longer
+            return work(texts)
         threads = threads or os.cpu_count() or 1
         step = -(-len(texts) // (8 * threads)) or 1
         with ThreadPoolExecutor(threads) as pool:

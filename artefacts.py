@@ -1,0 +1,275 @@
+"""The artefact lab of memory_probe.py: set-ups that made folklore, beside the ones that measure.
+
+    python memory_probe.py config/artefacts.py                          # all of them, one page of figures
+    python memory_probe.py config/artefacts.py --artefacts=fresh_adam   # one
+
+Each function trains or reads the same base twice, the misleading way and the clean way, and returns what each
+would have reported. Nothing here is a straw man: every set-up was used in earnest (the notes behind nanoMem).
+"""
+import copy
+import itertools
+
+from base import background, base_config, finished_parts, load_base, make_base, split_batch
+from common import probing
+from common.data import Windows
+from common.distributed import choose_dtype
+from common.facts import Probe, make_facts, make_pairs, pack
+from common.files import append_row, write_text
+from common.stats import clustered
+from common.step import backward, update
+from common.tables import grid, new_figure, save_figure
+from muon import set_learning_rates
+
+import numpy as np
+import torch
+
+# ------------------------------------------------------------------------------------------------------------
+# One step, and what it is asked
+
+
+class Lab:
+    """A copy of the base in training, with facts to write and to ask."""
+
+    def __init__(self, cfg, text, world, base, seed: int, dist, fresh: bool = False):
+        self.cfg, self.text, self.world, self.dist = cfg, text, world, dist
+        self.dtype = choose_dtype(cfg.dtype, dist.device)[0]
+        self.model, self.optimizer = load_base(cfg, base, dist, carry=not fresh)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
+        self.windows, self.seed, self.steps, self.moved = Windows(text.train, cfg.max_seq_len, 1000 + seed), seed, 0, []
+
+    def train(self, written=None, lr_scale: float = 1.0) -> float:
+        """One step on background text, some of whose rows are `written`; returns its loss."""
+        x, y = background(self.windows, self.steps, self.cfg)
+        if written:
+            x[:len(written[0])], y[:len(written[0])] = written
+        return self.step(x, y, lr_scale)
+
+    def step(self, x, y, lr_scale: float = 1.0) -> float:
+        before = [p.detach().clone() for p in self.model.parameters()]
+        set_learning_rates(self.optimizer, self.cfg, self.steps, 10**6)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= lr_scale
+        loss = backward(self.model, split_batch(x, y, self.cfg, self.dist), self.dist, self.dtype, self.scaler)
+        update(self.model, self.optimizer, self.scaler, self.cfg.grad_clip, loss)
+        squares = sum(float((p.detach() - b).square().sum()) for p, b in zip(self.model.parameters(), before, strict=True))
+        self.moved.append((squares / sum(b.numel() for b in before)) ** 0.5)
+        self.steps += 1
+        return loss.item()
+
+    def ask(self, probes: list) -> probing.Scores:
+        prepared = probing.batches(probes, self.world.tok.eot, self.dist.device)
+        return probing.score(self.model, prepared, self.world.answer_ids, "fp32")
+
+
+def two_sets(lab: Lab, pool) -> tuple[list, list]:
+    """(facts to write, facts never written), 32 each."""
+    facts = make_pairs(lab.world, 32, lab.seed, pool)
+    return facts[:32], facts[32:64]
+
+
+def mem_probes(world, facts) -> list:
+    return [p for f in facts for p in world.probes(f) if p.kind == "mem"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The artefacts. Each returns {"artefact": number, "clean": number, "curves": {name: [numbers]}, "says": text}.
+
+
+def fresh_adam(new_lab, pool) -> dict:
+    """A new AdamW for the text after the injection: its first step moves every weight by about lr, so facts dip
+    and partly return, the never-written ones too. It looks like forgetting and revival."""
+    curves, rises = {}, {}
+    for mode in ("new optimiser", "new, warm-up", "carried"):
+        lab = new_lab()
+        written, never = two_sets(lab, pool)
+        probes = mem_probes(lab.world, written + never)
+        rows = [lab.world.sentences([(f, f.order[e % 8]) for f in written]) for e in range(8)]
+        for _ in range(8):
+            lab.train()
+        for sentences in rows:
+            lab.train(pack(sentences, lab.cfg.max_seq_len, lab.world.tok.eot))
+        if mode != "carried":
+            lab.optimizer.state.clear()
+        said = [lab.ask(probes).logp]
+        for t in range(60):
+            lab.train(lr_scale=min(1.0, (t + 1) / 20) if mode == "new, warm-up" else 1.0)
+            said.append(lab.ask(probes).logp)
+        curve = np.array(said)[:, :32].mean(axis=1)  # (steps,)
+        low = int(curve[:20].argmin())
+        rises[mode] = float(curve[low:].max() - curve[low])
+        curves[mode] = curve.tolist()
+        curves[f"{mode}: never written"] = np.array(said)[:, 32:].mean(axis=1).tolist()
+        curves[f"{mode}: step RMS"] = lab.moved[-60:]
+    first, late = curves["new optimiser: step RMS"][0], curves["carried: step RMS"][0]
+    return {"artefact": rises["new optimiser"], "clean": rises["carried"], "curves": curves, "unit": "nats",
+            "says": f"rise of log p after its dip; the first step moves weights {first / late:.1f}x as far as with "
+                    "carried state"}
+
+
+def sampled_accuracy(new_lab, pool) -> dict:
+    """Accuracy by sampling (T 0.7, top-k 50), a hit being the answer anywhere in prompt and output: noisy, and right
+    for facts nobody wrote. Beside it the exact log p of the same facts."""
+    lab = new_lab()
+    written, never = two_sets(lab, pool)
+    probes, generator = mem_probes(lab.world, never), torch.Generator().manual_seed(lab.seed)
+    lab.model.eval()
+    hits, tok = [], lab.world.tok
+    for f, p in zip(never, probes, strict=True):
+        prompt = torch.tensor([p.prompt] * 16)
+        out = torch.cat(list(lab.model.generate(prompt, 12, temperature=0.7, top_k=50, generator=generator)), dim=1)
+        hits.append(np.mean([f.answer.strip() in tok.decode(p.prompt[1:] + o.tolist()) for o in out]))
+    lab.model.train()
+    exact = lab.ask(probes)
+    return {"artefact": float(np.mean(hits)), "clean": float(np.exp(exact.logp).mean()), "curves": {}, "unit": "accuracy",
+            "says": "never-written facts: sampled accuracy against the probability of the answer; guessing is right in "
+                    f"{1 / len(lab.world.answers):.1%}"}
+
+
+def unmasked_padding(new_lab, pool) -> dict:
+    """One sentence per row, padded to the full length, with the padding in the loss: the loss falls to almost
+    nothing because padding is easy, and says nothing about the facts."""
+    found = {}
+    for mode, pad_target in (("padding counted", None), ("masked", -1)):
+        lab = new_lab()
+        written, _ = two_sets(lab, pool)
+        eot, losses = lab.world.tok.eot, []
+        for e in range(8):
+            rows = [pack([s], lab.cfg.max_seq_len, eot, eot if pad_target is None else -1)
+                    for s in lab.world.sentences([(f, f.order[e % 8]) for f in written])]
+            losses.append(lab.step(*(np.concatenate(z) for z in zip(*rows, strict=True))))
+        found[mode] = losses, float(lab.ask(mem_probes(lab.world, written)).logp.mean())
+    return {"artefact": found["padding counted"][0][-1], "clean": found["masked"][0][-1], "unit": "nats of loss",
+            "curves": {k: v[0] for k, v in found.items()},
+            "says": f"training loss after 8 exposures; log p of the answers is {found['padding counted'][1]:.2f} with "
+                    f"padding counted, {found['masked'][1]:.2f} masked"}
+
+
+def last_token(new_lab, pool) -> dict:
+    """Sentences of text nobody trained on: the last sub-token, teacher-forced, against the whole last word. Their
+    difference needs no memory that fades with distance."""
+    lab = new_lab()
+    tok, eot = lab.world.tok, lab.world.tok.eot
+    probes = []
+    for start in range(0, len(lab.text.val) - 200, 200):
+        ids = [int(i) for i in lab.text.val[start:start + 32]]
+        pieces = tok.encode_batch([" " + w for w in tok.decode(ids).split()[-2:-1]])
+        word = pieces[0].tolist() if pieces else []
+        ends = [i for i in range(8, len(ids) - len(word)) if ids[i:i + len(word)] == word]
+        if len(word) > 1 and ends:
+            prompt = [eot, *ids[:ends[-1]]]
+            probes += [Probe("", "word", prompt, word), Probe("", "last", prompt + word[:-1], word[-1:])]
+    hits = lab.ask(probes).hit
+    return {"artefact": float(hits[1::2].mean()), "clean": float(hits[::2].mean()), "unit": "accuracy", "curves": {},
+            "says": f"{len(probes) // 2} never-trained words of several tokens: right last token, right whole word"}
+
+
+def overlapping_windows(new_lab, pool) -> dict:
+    """Loss after minus before a retrain on [a, b], by the place of a window's end: windows that begin before b hold
+    trained tokens, and show a memory 'after' b that is none."""
+    lab, T = new_lab(), 0
+    T, stride = lab.cfg.max_seq_len, lab.cfg.max_seq_len // 8
+    a = 7000 + 977 * lab.seed % max(1, len(lab.text.val) // 2)
+    b = a + 8 * T
+    tokens = torch.from_numpy(lab.text.val[a - 2 * T:b + 4 * T].astype(np.int64))
+    starts = torch.arange(0, len(tokens) - T - 1, stride)
+
+    def losses() -> np.ndarray:
+        rows = tokens[starts[:, None] + torch.arange(T + 1)].to(lab.dist.device)  # (N, T + 1)
+        with torch.inference_mode():
+            return np.array([lab.model(r[None, :-1], r[None, 1:])[0].item() for r in rows])
+
+    before = losses()
+    inside = torch.arange(2 * T, 2 * T + 8 * T - T, T)
+    rows = tokens[inside[:, None] + torch.arange(T + 1)].numpy()
+    for _ in range(4):
+        lab.step(rows[:, :-1], rows[:, 1:])
+    change, after_b = losses() - before, (starts + T - (2 * T + 8 * T)).numpy()
+    over, clear = (after_b > 0) & (after_b < T), after_b >= T
+    return {"artefact": float(change[over].mean()), "clean": float(change[clear].mean()), "unit": "nats",
+            "curves": {"loss after - before, by tokens of the window's end after b": change.tolist()},
+            "says": f"windows of {T}, stride {stride}: those that end within {T} tokens after b, and those wholly after b"}
+
+
+def state_cosines(new_lab, pool) -> dict:
+    """Two learners from one base on different text: weights and second moments are almost parallel whatever they
+    learned, because they share their start and their sign; displacements and first moments are not."""
+    labs, found = [new_lab(), new_lab()], {}
+    origin = [p.detach().clone() for p in labs[0].model.parameters()]
+    for lab, shift in zip(labs, (0, 10**6), strict=True):
+        lab.steps = shift
+        for _ in range(40):
+            lab.train()
+
+    def cosine(u, v) -> float:
+        u, v = (torch.cat([z.double().flatten() for z in x]) for x in (u, v))
+        return float(u @ v / (u.norm() * v.norm()))
+
+    def state(lab, key):
+        return [lab.optimizer.state[p][key] for p in lab.model.parameters()]
+
+    weights = [list(lab.model.parameters()) for lab in labs]
+    found["weights"] = cosine(*[[p.detach() for p in w] for w in weights])
+    found["displacements"] = cosine(*[[p.detach() - o for p, o in zip(w, origin, strict=True)] for w in weights])
+    found["second moments"] = cosine(*[state(lab, "exp_avg_sq") for lab in labs])
+    found["first moments"] = cosine(*[state(lab, "exp_avg") for lab in labs])
+    return {"artefact": found["weights"], "clean": found["displacements"], "unit": "cosine", "curves": {},
+            "says": ", ".join(f"{k} {v:.3f}" for k, v in found.items())}
+
+
+ARTEFACTS = {f.__name__: f for f in (fresh_adam, sampled_accuracy, unmasked_padding, last_token, overlapping_windows,
+                                     state_cosines)}
+
+# ------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def artefacts(cfg, arms, labels, text, worlds, run, stop):
+    """Every artefact for every seed: (summary, words), or None if asked to stop."""
+    done, world = finished_parts(cfg, run), worlds[0]
+    pool = make_facts(world, "pool", cfg.pool, cfg.base_seed)
+    base = make_base(base_config(arms[0]), text, world, pool, run.dist, stop)
+    for seed, name in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), cfg.artefacts):
+        if base is None or stop.requested:
+            return None
+        if (0, seed, name) not in done:
+            def new_lab():
+                return Lab(arms[0], text, world, copy.deepcopy(base), seed, run.dist)  # noqa: B023
+            row = {"part": [0, seed, name], **ARTEFACTS[name](new_lab, pool)}
+            append_row(run.path("probes.jsonl"), row)
+            done[0, seed, name] = row
+    rows = {name: [done[0, s, name] for s in range(cfg.seed, cfg.seed + cfg.seeds)] for name in cfg.artefacts}
+    lines, words = [["artefact", "as reported", "95 %", "clean", "95 %", "unit"]], []
+    for name, found in rows.items():
+        effects = [clustered([np.array([r[key]]) for r in found]) if len(found) > 1 else None for key in ("artefact", "clean")]
+        means = [np.mean([r[key] for r in found]) for key in ("artefact", "clean")]
+        spans = [f"{e.low:.3f} to {e.high:.3f}" if e else "one seed" for e in effects]
+        lines.append([name, f"{means[0]:.3f}", spans[0], f"{means[1]:.3f}", spans[1], found[0]["unit"]])
+        words.append(f"{name}: {means[0]:.3f} as it was reported, {means[1]:.3f} clean ({found[0]['says']})")
+    write_text(run.path("table.md"), grid(lines) + "\n\n" + "\n".join(words) + "\n")
+    draw(rows, run.path("effect.png"))
+    return {"artefacts": rows, "counts": {"parts": len(done)}}, "\n".join([grid(lines), "", *words])
+
+
+def draw(rows: dict[str, list[dict]], path: str) -> None:
+    """A panel for each: what was reported beside what is there, dots are seeds; curves where time matters."""
+    figure = new_figure(4 * min(3, len(rows)), 3.2 * -(-len(rows) // 3))
+    axes = figure.subplots(-(-len(rows) // 3), min(3, len(rows)), squeeze=False).flatten()
+    for ax in axes[len(rows):]:
+        ax.set_axis_off()
+    for ax, (name, found) in zip(axes, rows.items(), strict=False):
+        if name == "fresh_adam":
+            for mode, color in (("new optimiser", "C3"), ("new, warm-up", "C1"), ("carried", "C0")):
+                ax.plot(np.mean([r["curves"][mode] for r in found], axis=0), color=color, label=mode)
+                ax.plot(np.mean([r["curves"][f"{mode}: never written"] for r in found], axis=0), color=color,
+                        linestyle=":")
+            ax.set(xlabel="steps of other text; dotted: facts never written", ylabel="log p, nats")
+            ax.legend(fontsize=7)
+        else:
+            for x, key in enumerate(("artefact", "clean")):
+                ax.bar(x, np.mean([r[key] for r in found]), color=("C3", "C0")[x], alpha=0.6)
+                ax.plot([x] * len(found), [r[key] for r in found], "o", color="black", markersize=3)
+            ax.set_xticks((0, 1), ("as reported", "clean"))
+            ax.set_ylabel(found[0]["unit"])
+        ax.set_title(name.replace("_", " "), fontsize=10)
+        ax.grid(alpha=0.3)
+    save_figure(figure, path)
