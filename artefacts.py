@@ -1,7 +1,8 @@
 """The artefact lab of memory_probe.py: set-ups that made folklore, beside the ones that measure.
 
-    python memory_probe.py config/artefacts.py                          # all of them, one page of figures
-    python memory_probe.py config/artefacts.py --artefacts=fresh_adam   # one
+    python memory_probe.py config/probe_artefacts.py                          # all of them, one page of
+    figures
+    python memory_probe.py config/probe_artefacts.py --artefacts=fresh_adam   # one
 
 Each function trains or reads the same base twice, the misleading way and the clean way, and returns what each
 would have reported. Nothing here is a straw man: every set-up was used in earnest (the notes behind nanoMem).
@@ -11,6 +12,7 @@ import itertools
 
 from base import background, base_config, finished_parts, load_base, make_base, split_batch
 from common import probing
+from common.config import UserError
 from common.data import Windows
 from common.distributed import choose_dtype
 from common.facts import Probe, make_facts, make_pairs, pack
@@ -35,7 +37,8 @@ class Lab:
         self.dtype = choose_dtype(cfg.dtype, dist.device)[0]
         self.model, self.optimizer = load_base(cfg, base, dist, carry=not fresh)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
-        self.windows, self.seed, self.steps, self.moved = Windows(text.train, cfg.max_seq_len, 1000 + seed), seed, 0, []
+        self.windows, self.seed, self.steps, self.moved = Windows(text.train, cfg.max_seq_len,
+                                                                  1000 + seed), seed, 0, []
 
     def train(self, written=None, lr_scale: float = 1.0) -> float:
         """One step on background text, some of whose rows are `written`; returns its loss."""
@@ -49,9 +52,11 @@ class Lab:
         set_learning_rates(self.optimizer, self.cfg, self.steps, 10**6)
         for group in self.optimizer.param_groups:
             group["lr"] *= lr_scale
-        loss = backward(self.model, split_batch(x, y, self.cfg, self.dist), self.dist, self.dtype, self.scaler)
+        loss = backward(self.model, split_batch(x, y, self.cfg, self.dist), self.dist, self.dtype,
+                        self.scaler)
         update(self.model, self.optimizer, self.scaler, self.cfg.grad_clip, loss)
-        squares = sum(float((p.detach() - b).square().sum()) for p, b in zip(self.model.parameters(), before, strict=True))
+        squares = sum(float((p.detach() - b).square().sum()) for p,
+                      b in zip(self.model.parameters(), before, strict=True))
         self.moved.append((squares / sum(b.numel() for b in before)) ** 0.5)
         self.steps += 1
         return loss.item()
@@ -72,43 +77,45 @@ def mem_probes(world, facts) -> list:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The artefacts. Each returns {"artefact": number, "clean": number, "curves": {name: [numbers]}, "says": text}.
+# The artefacts. Each returns {"artefact": number, "clean": number, "curves": {name: [numbers]}, "says":
+# text}.
+
+
+AFTER = (0, 1, 2, 3, 5, 8, 13, 21, 34, 60)  # steps of other text at which facts are asked
 
 
 def fresh_adam(new_lab, pool) -> dict:
-    """A new AdamW for the text after the injection: its first step moves every weight by about lr, so facts dip
-    and partly return, the never-written ones too. It looks like forgetting and revival."""
-    curves, rises = {}, {}
+    """A new AdamW for the text after the injection: its first steps move every weight by about the learning rate,
+    and what they destroy, of facts never written too, is taken for forgetting."""
+    curves, lost = {}, {}
     for mode in ("new optimiser", "new, warm-up", "carried"):
         lab = new_lab()
         written, never = two_sets(lab, pool)
-        probes = mem_probes(lab.world, written + never)
-        rows = [lab.world.sentences([(f, f.order[e % 8]) for f in written]) for e in range(8)]
+        probes, said = mem_probes(lab.world, written + never), []
         for _ in range(8):
             lab.train()
-        for sentences in rows:
+        for e in range(8):
+            sentences = lab.world.sentences([(f, f.order[e]) for f in written])
             lab.train(pack(sentences, lab.cfg.max_seq_len, lab.world.tok.eot))
         if mode != "carried":
             lab.optimizer.state.clear()
-        said = [lab.ask(probes).logp]
-        for t in range(60):
+        for t in range(AFTER[-1] + 1):
+            if t in AFTER:
+                said.append(lab.ask(probes).logp)
             lab.train(lr_scale=min(1.0, (t + 1) / 20) if mode == "new, warm-up" else 1.0)
-            said.append(lab.ask(probes).logp)
-        curve = np.array(said)[:, :32].mean(axis=1)  # (steps,)
-        low = int(curve[:20].argmin())
-        rises[mode] = float(curve[low:].max() - curve[low])
-        curves[mode] = curve.tolist()
-        curves[f"{mode}: never written"] = np.array(said)[:, 32:].mean(axis=1).tolist()
-        curves[f"{mode}: step RMS"] = lab.moved[-60:]
+        curves[mode], curves[f"{mode}: never written"] = (
+            np.array(said)[:, part].mean(axis=1).tolist() for part in (slice(32), slice(32, 64)))
+        lost[mode] = curves[mode][0] - curves[mode][-1]
+        curves[f"{mode}: step RMS"] = lab.moved[-AFTER[-1]:]
     first, late = curves["new optimiser: step RMS"][0], curves["carried: step RMS"][0]
-    return {"artefact": rises["new optimiser"], "clean": rises["carried"], "curves": curves, "unit": "nats",
-            "says": f"rise of log p after its dip; the first step moves weights {first / late:.1f}x as far as with "
-                    "carried state"}
+    return {"artefact": lost["new optimiser"], "clean": lost["carried"], "curves": curves, "unit": "nats",
+            "says": f"log p lost in {AFTER[-1]} steps of other text; the first of them moves weights "
+                    f"{first / late:.1f}x as far as with carried state"}
 
 
 def sampled_accuracy(new_lab, pool) -> dict:
-    """Accuracy by sampling (T 0.7, top-k 50), a hit being the answer anywhere in prompt and output: noisy, and right
-    for facts nobody wrote. Beside it the exact log p of the same facts."""
+    """Accuracy by sampling (T 0.7, top-k 50), a hit being the answer anywhere in prompt and output: noisy,
+    and right for facts nobody wrote. Beside it the exact log p of the same facts."""
     lab = new_lab()
     written, never = two_sets(lab, pool)
     probes, generator = mem_probes(lab.world, never), torch.Generator().manual_seed(lab.seed)
@@ -116,12 +123,15 @@ def sampled_accuracy(new_lab, pool) -> dict:
     hits, tok = [], lab.world.tok
     for f, p in zip(never, probes, strict=True):
         prompt = torch.tensor([p.prompt] * 16)
-        out = torch.cat(list(lab.model.generate(prompt, 12, temperature=0.7, top_k=50, generator=generator)), dim=1)
+        out = torch.cat(list(lab.model.generate(prompt, 12, temperature=0.7, top_k=50, generator=generator)),
+                        dim=1)
         hits.append(np.mean([f.answer.strip() in tok.decode(p.prompt[1:] + o.tolist()) for o in out]))
     lab.model.train()
     exact = lab.ask(probes)
-    return {"artefact": float(np.mean(hits)), "clean": float(np.exp(exact.logp).mean()), "curves": {}, "unit": "accuracy",
-            "says": "never-written facts: sampled accuracy against the probability of the answer; guessing is right in "
+    return {"artefact": float(np.mean(hits)), "clean": float(np.exp(exact.logp).mean()), "curves": {},
+            "unit": "accuracy",
+            "says": "never-written facts: sampled accuracy against the probability of the answer; guessing "
+                    "is right in "
                     f"{1 / len(lab.world.answers):.1%}"}
 
 
@@ -138,19 +148,21 @@ def unmasked_padding(new_lab, pool) -> dict:
                     for s in lab.world.sentences([(f, f.order[e % 8]) for f in written])]
             losses.append(lab.step(*(np.concatenate(z) for z in zip(*rows, strict=True))))
         found[mode] = losses, float(lab.ask(mem_probes(lab.world, written)).logp.mean())
-    return {"artefact": found["padding counted"][0][-1], "clean": found["masked"][0][-1], "unit": "nats of loss",
+    return {"artefact": found["padding counted"][0][-1], "clean": found["masked"][0][-1],
+            "unit": "nats of loss",
             "curves": {k: v[0] for k, v in found.items()},
-            "says": f"training loss after 8 exposures; log p of the answers is {found['padding counted'][1]:.2f} with "
+            "says": "training loss after 8 exposures; log p of the answers is "
+                    f"{found['padding counted'][1]:.2f} with "
                     f"padding counted, {found['masked'][1]:.2f} masked"}
 
 
 def last_token(new_lab, pool) -> dict:
-    """Sentences of text nobody trained on: the last sub-token, teacher-forced, against the whole last word. Their
-    difference needs no memory that fades with distance."""
+    """Sentences of text nobody trained on: the last sub-token, teacher-forced, against the whole last word.
+    Their difference needs no memory that fades with distance."""
     lab = new_lab()
     tok, eot = lab.world.tok, lab.world.tok.eot
     probes = []
-    for start in range(0, len(lab.text.val) - 200, 200):
+    for start in range(37 * lab.seed % 200, len(lab.text.val) - 200, 200):  # other words for each seed
         ids = [int(i) for i in lab.text.val[start:start + 32]]
         pieces = tok.encode_batch([" " + w for w in tok.decode(ids).split()[-2:-1]])
         word = pieces[0].tolist() if pieces else []
@@ -159,40 +171,48 @@ def last_token(new_lab, pool) -> dict:
             prompt = [eot, *ids[:ends[-1]]]
             probes += [Probe("", "word", prompt, word), Probe("", "last", prompt + word[:-1], word[-1:])]
     hits = lab.ask(probes).hit
-    return {"artefact": float(hits[1::2].mean()), "clean": float(hits[::2].mean()), "unit": "accuracy", "curves": {},
-            "says": f"{len(probes) // 2} never-trained words of several tokens: right last token, right whole word"}
+    return {"artefact": float(hits[1::2].mean()), "clean": float(hits[::2].mean()), "unit": "accuracy",
+            "curves": {},
+            "says": f"{len(probes) // 2} never-trained words of several tokens: right last token, right "
+                    "whole word"}
 
 
 def overlapping_windows(new_lab, pool) -> dict:
-    """Loss after minus before a retrain on [a, b], by the place of a window's end: windows that begin before b hold
-    trained tokens, and show a memory 'after' b that is none."""
-    lab, T = new_lab(), 0
-    T, stride = lab.cfg.max_seq_len, lab.cfg.max_seq_len // 8
-    a = 7000 + 977 * lab.seed % max(1, len(lab.text.val) // 2)
-    b = a + 8 * T
-    tokens = torch.from_numpy(lab.text.val[a - 2 * T:b + 4 * T].astype(np.int64))
-    starts = torch.arange(0, len(tokens) - T - 1, stride)
+    """Loss after minus before a retrain on [a, b], beyond that of far text, by the place of a window:
+    windows that begin before b hold trained tokens, and show a memory 'after' b that is none."""
+    lab = new_lab()
+    T, tokens = lab.cfg.max_seq_len, lab.text.val
+    if len(tokens) < 20 * T:
+        raise UserError(f"overlapping_windows needs {20 * T:,} tokens of validation text, got "
+                        f"{len(tokens):,}")
+    a = 2 * T + 977 * lab.seed % (len(tokens) - 16 * T)  # trained: [a, a + 8 T)
+    near, far = np.arange(a - 2 * T, a + 10 * T, T // 8), np.arange(0, len(tokens) - T - 1, T)
+    far = far[(far < a - 3 * T) | (far > a + 11 * T)][:64]
 
-    def losses() -> np.ndarray:
-        rows = tokens[starts[:, None] + torch.arange(T + 1)].to(lab.dist.device)  # (N, T + 1)
+    def rows(starts) -> np.ndarray:
+        return tokens[starts[:, None] + np.arange(T + 1)].astype(np.int64)  # (N, T + 1)
+
+    def losses(starts) -> np.ndarray:
         with torch.inference_mode():
-            return np.array([lab.model(r[None, :-1], r[None, 1:])[0].item() for r in rows])
+            windows = torch.from_numpy(rows(starts)).to(lab.dist.device)
+            return np.array([lab.model(r[None, :-1], r[None, 1:])[0].item() for r in windows])
 
-    before = losses()
-    inside = torch.arange(2 * T, 2 * T + 8 * T - T, T)
-    rows = tokens[inside[:, None] + torch.arange(T + 1)].numpy()
+    before, elsewhere = losses(near), losses(far)
     for _ in range(4):
-        lab.step(rows[:, :-1], rows[:, 1:])
-    change, after_b = losses() - before, (starts + T - (2 * T + 8 * T)).numpy()
-    over, clear = (after_b > 0) & (after_b < T), after_b >= T
-    return {"artefact": float(change[over].mean()), "clean": float(change[clear].mean()), "unit": "nats",
-            "curves": {"loss after - before, by tokens of the window's end after b": change.tolist()},
-            "says": f"windows of {T}, stride {stride}: those that end within {T} tokens after b, and those wholly after b"}
+        trained = rows(np.arange(a, a + 8 * T, T))
+        lab.step(trained[:, :-1], trained[:, 1:])
+    change = losses(near) - before - (losses(far) - elsewhere).mean()
+    end = near + T - (a + 8 * T)  # of the window, tokens after b
+    return {"artefact": float(change[(end > 0) & (end < T)].mean()), "clean": float(change[end >= T].mean()),
+            "curves": {"change": change.tolist(), "end": end.tolist()}, "unit": "nats",
+            "says": f"windows of {T}, stride {T // 8}: those that end within {T} tokens after b, and those "
+                    "wholly "
+                    "after b"}
 
 
 def state_cosines(new_lab, pool) -> dict:
-    """Two learners from one base on different text: weights and second moments are almost parallel whatever they
-    learned, because they share their start and their sign; displacements and first moments are not."""
+    """Two learners from one base on different text: weights and second moments are almost parallel whatever
+    they learned, because they share their start and their sign; displacements and first moments are not."""
     labs, found = [new_lab(), new_lab()], {}
     origin = [p.detach().clone() for p in labs[0].model.parameters()]
     for lab, shift in zip(labs, (0, 10**6), strict=True):
@@ -209,14 +229,16 @@ def state_cosines(new_lab, pool) -> dict:
 
     weights = [list(lab.model.parameters()) for lab in labs]
     found["weights"] = cosine(*[[p.detach() for p in w] for w in weights])
-    found["displacements"] = cosine(*[[p.detach() - o for p, o in zip(w, origin, strict=True)] for w in weights])
+    found["displacements"] = cosine(*[[p.detach() - o for p, o in zip(w, origin, strict=True)]
+                                      for w in weights])
     found["second moments"] = cosine(*[state(lab, "exp_avg_sq") for lab in labs])
     found["first moments"] = cosine(*[state(lab, "exp_avg") for lab in labs])
     return {"artefact": found["weights"], "clean": found["displacements"], "unit": "cosine", "curves": {},
             "says": ", ".join(f"{k} {v:.3f}" for k, v in found.items())}
 
 
-ARTEFACTS = {f.__name__: f for f in (fresh_adam, sampled_accuracy, unmasked_padding, last_token, overlapping_windows,
+ARTEFACTS = {f.__name__: f
+             for f in (fresh_adam, sampled_accuracy, unmasked_padding, last_token, overlapping_windows,
                                      state_cosines)}
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,7 +262,8 @@ def artefacts(cfg, arms, labels, text, worlds, run, stop):
     rows = {name: [done[0, s, name] for s in range(cfg.seed, cfg.seed + cfg.seeds)] for name in cfg.artefacts}
     lines, words = [["artefact", "as reported", "95 %", "clean", "95 %", "unit"]], []
     for name, found in rows.items():
-        effects = [clustered([np.array([r[key]]) for r in found]) if len(found) > 1 else None for key in ("artefact", "clean")]
+        effects = [clustered([np.array([r[key]]) for r in found]) if len(found) > 1 else None
+                   for key in ("artefact", "clean")]
         means = [np.mean([r[key] for r in found]) for key in ("artefact", "clean")]
         spans = [f"{e.low:.3f} to {e.high:.3f}" if e else "one seed" for e in effects]
         lines.append([name, f"{means[0]:.3f}", spans[0], f"{means[1]:.3f}", spans[1], found[0]["unit"]])
@@ -259,9 +282,9 @@ def draw(rows: dict[str, list[dict]], path: str) -> None:
     for ax, (name, found) in zip(axes, rows.items(), strict=False):
         if name == "fresh_adam":
             for mode, color in (("new optimiser", "C3"), ("new, warm-up", "C1"), ("carried", "C0")):
-                ax.plot(np.mean([r["curves"][mode] for r in found], axis=0), color=color, label=mode)
-                ax.plot(np.mean([r["curves"][f"{mode}: never written"] for r in found], axis=0), color=color,
-                        linestyle=":")
+                for key, style in ((mode, "-"), (f"{mode}: never written", ":")):
+                    ax.plot(AFTER, np.mean([r["curves"][key] for r in found], axis=0), style, color=color,
+                            label=mode if key == mode else None)
             ax.set(xlabel="steps of other text; dotted: facts never written", ylabel="log p, nats")
             ax.legend(fontsize=7)
         else:

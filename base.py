@@ -2,10 +2,10 @@
 
     base = make_base(cfg, text, world, pool, dist, stop)    # a checkpoint, cached in out_dir/base_HASH
 
-A model that has not learned what facts look like learns that first, and a probe would measure it (the plateau of
-Zucchet 2025, 2503.21676). So training ends at the gate, not after a number of steps: when the base answers a share
-`gate` of its pool in the trained, the held-out and the question wording. The pool's rows are packed full of
-sentences; with one sentence a row the plateau lasts for thousands of steps.
+A model that has not learned what facts look like learns that first, and a probe would measure it (the
+plateau of Zucchet 2025, 2503.21676). So training ends at the gate, not after a number of steps: when the
+base answers a share `gate` of its pool in the trained, the held-out and the question wording. The pool's
+rows are packed full of sentences; with one sentence a row the plateau lasts for thousands of steps.
 """
 import copy
 import itertools
@@ -20,7 +20,7 @@ from common.config import UserError
 from common.console import StepBar, say
 from common.data import Text, Windows
 from common.distributed import Dist, choose_dtype
-from common.facts import LEVELS, WORDINGS, Fact, World
+from common.facts import LEVELS, QUESTIONS, STATEMENTS, WORDINGS, Fact, Probe, World, names, pack
 from common.files import read_rows, write_json
 from common.run import Run, RunConfig, digest
 from common.step import backward, update, wrap
@@ -34,6 +34,10 @@ import torch
 # Config
 
 CPU = torch.device("cpu")
+MOST = 100_000  # facts, steps of an injection, seeds: beyond any use
+CONTEXT_FACTS = 3  # at most, stated in a row before they are asked: to tell them apart, names must be read
+NAMES, GATE_NAMES = 2048, 384  # subjects of context rows and, never in a row, of their gate
+FORWARD = len(STATEMENTS) + len(QUESTIONS)  # wordings whose target is the answer
 
 
 @dataclass
@@ -45,6 +49,7 @@ class BaseConfig(RunConfig, OptimizerConfig, ModelConfig):
     pool: int = 256  # facts it learns in every wording; 0 = none: the base is used as it is
     pool_share: float = 0.25  # of its rows that hold them, packed full
     gate: float = 0.95  # share of the pool it must answer, in every wording
+    context_share: float = 0.0  # of its rows that state unknown facts and ask for them: reading
     base_steps: int = 3000  # at most; training ends at the gate
     level: Literal[tuple(LEVELS)] = "H1"  # of facts: H0 | H1 | H2 | H3 | H4 | H5 (common/facts.py)
     answers: int = 0  # answers to choose from; 0 = as the level says
@@ -60,8 +65,13 @@ class BaseConfig(RunConfig, OptimizerConfig, ModelConfig):
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "batch_size", "base_steps")
         out += self.at_least(0, "pool", "micro_batch_size", "save_minutes", "answers")
-        out += [f"{key} must be between 0 and 1, got {getattr(self, key)}" for key in ("pool_share", "gate")
-                if not 0 <= getattr(self, key) <= 1]
+        out += [f"{key} must be between 0 and 1, got {getattr(self, key)}" for key in ("pool_share", "gate",
+                "context_share") if not 0 <= getattr(self, key) <= 1]
+        if self.pool_share + self.context_share > 1:
+            out.append(f"pool_share={self.pool_share} and context_share={self.context_share} are more than "
+                       "a batch")
+        out += [f"{key}={getattr(self, key):,} is more than the {MOST:,} that names and memory last for"
+                for key in ("pool", "batch_size") if getattr(self, key) > MOST]
         if not self.pool and not self.base:
             out.append("pool=0 needs a base that knows something: --base=CHECKPOINT")
         if self.answers == 1:
@@ -72,9 +82,17 @@ class BaseConfig(RunConfig, OptimizerConfig, ModelConfig):
     def pool_rows(self) -> int:
         return round(self.pool_share * self.batch_size) if self.pool else 0
 
+    @property
+    def context_rows(self) -> int:
+        return round(self.context_share * self.batch_size)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
+
+
+class BelowGate(UserError):
+    """The base did not reach its gate."""
 
 
 def architecture(cfg: BaseConfig, meta: dict) -> BaseConfig:
@@ -87,23 +105,25 @@ def architecture(cfg: BaseConfig, meta: dict) -> BaseConfig:
     has = {f.name: saved["config"][f.name] for f in fields(ModelConfig) if f.name in saved["config"]}
     if has.get("pos") != "learned":
         has.pop("max_seq_len", None)  # nothing limits it
+    if not cfg.pool and hasattr(cfg, "base_optimizer"):  # the checkpoint is the base
+        has["base_optimizer"] = saved["config"].get("optimizer", cfg.base_optimizer)
     return replace(cfg, **has)
 
 
 def base_config(cfg) -> BaseConfig:
-    """The base that a probe's config asks for (with its base_optimizer, base_lr and base_seed), named by a hash
-    of everything it depends on."""
+    """The base that a probe's config asks for (with its base_optimizer, base_lr and base_seed), named by a
+    hash of everything it depends on."""
     values = {f.name: getattr(cfg, f.name) for f in fields(BaseConfig)}
     values |= {f.name: f.default for f in fields(OptimizerConfig)}  # the probe's optimiser is not the base's
     values |= {"optimizer": cfg.base_optimizer, "lr": cfg.base_lr, "schedule": "constant", "warmup_steps": 50,
                "seed": cfg.base_seed, "question": "", "overwrite": False, "dry_run": False}
     free = ("name", "out_dir", "device", "dtype", "compile", "save_minutes", "micro_batch_size")
-    name = digest({k: v for k, v in values.items() if k not in free})
+    name = digest({k: v for k, v in values.items() if k not in free and (v or k != "context_share")})
     return BaseConfig(**values | {"name": f"base_{name}"})
 
 
 def pool_batch(sentences: list[list[int]], n_rows: int, step: int, cfg: BaseConfig, eot: int):
-    """Rows (n_rows, T) packed with the pool's sentences in an endless seeded order: a function of the step."""
+    """Rows (n_rows, T) packed with the pool's sentences in an endless seeded order, a function of step."""
     tries = (cfg.max_seq_len + 1) // min(map(len, sentences))
     x, y = (np.full((n_rows, cfg.max_seq_len), fill) for fill in (eot, -1))
     for row in range(n_rows):
@@ -120,8 +140,63 @@ def pool_batch(sentences: list[list[int]], n_rows: int, step: int, cfg: BaseConf
     return x, y
 
 
+def context_names(world: World, pool: list[Fact], seed: int) -> tuple[list[str], list[str]]:
+    """(subjects of context rows, subjects of the gate's contexts)."""
+    known, n = {f.subject for f in pool}, NAMES + GATE_NAMES
+    found = list(itertools.islice((s for s in names(world, seed, "context") if s not in known), n))
+    if len(found) < n:
+        raise UserError(f"the tokenizer {world.tok.name} has names for {len(found)} facts, and a base that "
+                        "reads from "
+                        f"its context needs {n}; use one with more words")
+    return found[:NAMES], found[NAMES:]
+
+
+def passing_facts(world: World, people: list[str], count: int, rng) -> list[Fact]:
+    """Facts that hold in one row alone."""
+    k, A = world.answer_tokens, len(world.answers)
+    drawn = rng.choice(A, (count, k), replace=count * k > A)
+    return [Fact("", "context", 0, world.relations[rng.integers(len(world.relations))], people[i],
+                 "".join(world.answers[j] for j in js), ())
+            for i, js in zip(rng.choice(len(people), count, replace=False), drawn, strict=True)]
+
+
+def context_batch(world: World, people: list[str], n_rows: int, step: int, cfg: BaseConfig):
+    """Rows (n_rows, T) that state one to CONTEXT_FACTS facts and ask for them in other wordings until they
+    are full. Every row draws its own facts, so that answers can only be read. A function of the step."""
+    x, y = (np.full((n_rows, cfg.max_seq_len), fill) for fill in (world.tok.eot, -1))
+    for row in range(n_rows):
+        rng = np.random.default_rng((cfg.seed, 13, step, row))
+        facts = passing_facts(world, people, int(rng.integers(1, CONTEXT_FACTS + 1)), rng)
+        said = [(f, int(rng.integers(len(STATEMENTS)))) for f in facts]
+        while len(said) < cfg.max_seq_len // 6:
+            said += [(facts[i], int(rng.integers(FORWARD))) for i in rng.permutation(len(facts))]
+        packed = pack(world.sentences(said), cfg.max_seq_len, world.tok.eot)
+        x[row], y[row] = packed[0][0], packed[1][0]
+    return x, y
+
+
+def context_probes(world: World, people: list[str]) -> list[Probe]:
+    """Of kind `context`: one of CONTEXT_FACTS stated facts, asked in another wording."""
+    out, rng = [], np.random.default_rng((world.seed, 14))
+    for i in range(0, len(people) - CONTEXT_FACTS + 1, CONTEXT_FACTS):
+        facts = passing_facts(world, people[i:i + CONTEXT_FACTS], CONTEXT_FACTS, rng)
+        said = rng.choice(len(STATEMENTS), CONTEXT_FACTS, replace=False).tolist()
+        context = sum(world.sentences(list(zip(facts, said, strict=True))), [])
+        wording = int(rng.choice([w for w in range(FORWARD) if w not in said]))
+        out.append(asked_after(world, context, facts[rng.integers(CONTEXT_FACTS)], wording, "context"))
+    return out
+
+
+def asked_after(world: World, context: list[int], fact: Fact, wording: int, kind: str) -> Probe:
+    """A fact asked after these ids, as a sentence of its own."""
+    prompt, target = world.prompt(fact, wording)
+    whole, head = world.encode(prompt + target), world.encode(prompt)
+    assert whole[:len(head)] == head and len(whole) > len(head), f"no boundary in {prompt + target!r}"
+    return Probe(fact.id, kind, [*context, world.tok.eot, *head], whole[len(head):])
+
+
 def background(windows: Windows, step: int, cfg: BaseConfig):
-    """The batch of a step as arrays (B, T), to write rows into: windows.batch gives two views of one array."""
+    """The batch of a step as arrays (B, T) to write into: windows.batch gives two views of one array."""
     return [z.numpy().copy() for z in windows.batch(step * cfg.batch_size, cfg.batch_size, CPU)]
 
 
@@ -132,7 +207,7 @@ def split_batch(x, y, cfg: BaseConfig, dist: Dist) -> list:
 
 
 def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist: Dist, stop) -> dict | None:
-    """The checkpoint of a base that knows the pool, trained here unless it is cached. None if asked to stop."""
+    """The checkpoint of a base that knows the pool, trained here unless cached. None if asked to stop."""
     if not pool:
         return checkpoint.load(cfg.base, keys=("model", "config", "optimizer"))
     dtype, T = choose_dtype(cfg.dtype, dist.device)[0], cfg.max_seq_len
@@ -147,10 +222,11 @@ def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist:
         model = LM(cfg).to(dist.device)
         optimizer = make_optimizer(model, cfg)
         scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-        step, recall, net = 0, 0.0, wrap(model, False, dist)
+        step, recall, recalls, net = 0, 0.0, {}, wrap(model, False, dist)
         if saved:
             run.restore(saved, model, optimizer, scaler)
             step, recall = saved["progress"]["step"], saved["progress"]["recall"]
+            recalls = saved["progress"].get("recalls", {})
         elif cfg.base:
             checkpoint.load_weights(model, checkpoint.load(cfg.base)["model"], cfg.base)
         run.begin(saved, lambda row: row["step"] <= step)
@@ -159,44 +235,56 @@ def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist:
         windows, eot = Windows(text.train, T, cfg.seed), text.tok.eot
         sentences = world.sentences(list(itertools.product(pool, range(len(WORDINGS)))))
         asked = [p for fact in pool for p in world.probes(fact) if p.kind in ("mem", "para", "qa")]
+        people, others = context_names(world, pool, cfg.seed) if cfg.context_rows else ([], [])
+        asked += context_probes(world, others)
+        kinds = np.array([p.kind for p in asked])
         prepared = probing.batches(asked, eot, dist.device)
         with StepBar(step, cfg.base_steps, dist.is_main) as bar:
             while step < cfg.base_steps and recall < cfg.gate:
                 began = time.perf_counter()
                 x, y = background(windows, step, cfg)  # (B, T) each
                 x[:cfg.pool_rows], y[:cfg.pool_rows] = pool_batch(sentences, cfg.pool_rows, step, cfg, eot)
+                if n := cfg.context_rows:
+                    x[-n:], y[-n:] = context_batch(world, people, n, step, cfg)
                 set_learning_rates(optimizer, cfg, step, cfg.base_steps)
                 loss = backward(net, split_batch(x, y, cfg, dist), dist, dtype, scaler)
                 update(model, optimizer, scaler, cfg.grad_clip, loss)
                 step += 1
                 if step % 50 == 0 or step == cfg.base_steps:
                     hits = probing.score(model, prepared, world.answer_ids).hit
-                    recall = min(float(hits[[p.kind == kind for p in asked]].mean()) for kind in ("mem", "para", "qa"))
-                    run.metrics(step=step, train_loss=loss.item(), recall=recall)
+                    recalls = {kind: float(hits[kinds == kind].mean())
+                               for kind in dict.fromkeys(kinds.tolist())}
+                    recall = min(recalls.values())
+                    run.metrics(step=step, train_loss=loss.item(), recall=recall, **recalls)
                 run.seconds += time.perf_counter() - began
                 bar.tick(time.perf_counter() - began)
                 bar.show(f"base: loss {loss.item():.3f}, recall of the pool {recall:.2f} of {cfg.gate:.2f}")
                 stopping = stop.agreed(dist)
                 if stopping or run.save_is_due(cfg.save_minutes):
-                    run.save("last.pt", model, optimizer, scaler, step=step, recall=recall)
+                    run.save("last.pt", model, optimizer, scaler, step=step, recall=recall, recalls=recalls)
                 if stopping:
                     return None
-        run.save("last.pt", model, optimizer, scaler, step=step, recall=recall)
+        run.save("last.pt", model, optimizer, scaler, step=step, recall=recall, recalls=recalls)
         if recall < cfg.gate:
-            raise UserError(f"the base in {run.folder} answers {recall:.0%} of its pool after {step:,} steps, not "
-                            f"{cfg.gate:.0%}: this endpoint does not work, and no verdict would mean anything\n"
-                            "try a larger --pool_share, a smaller --pool or --level, a higher --base_lr, or more "
+            found = ", ".join(f"{kind} {value:.2f}" for kind, value in recalls.items())
+            raise BelowGate(f"the base in {run.folder} answers {recall:.0%} of its pool after {step:,} "
+                            "steps, not "
+                            f"{cfg.gate:.0%} ({found}): this endpoint does not work, and no verdict would "
+                            "mean anything\n"
+                            "try a larger --pool_share, a smaller --pool or --level, a higher --base_lr, or "
+                            "more "
                             "--base_steps")
         if dist.is_main:
-            say(f"base {run.folder}: {model.count_parameters()['total']:,} parameters, answers {recall:.1%} of "
+            say(f"base {run.folder}: {model.count_parameters()['total']:,} parameters, answers {recall:.1%} "
+                "of "
                 f"{len(pool)} pool facts in every wording after {step:,} steps")
         run.finish("finished", {"steps": step}, {"recall": recall}, dtype)
         return checkpoint.load(run.path("last.pt"))
 
 
 def load_base(cfg, base: dict, dist: Dist, carry: bool):
-    """(model, optimizer) of a base's checkpoint, for a probe's config. `carry`: with the optimiser state of the
-    base, but the probe's rates."""
+    """(model, optimizer) of a base's checkpoint, for a probe's config. `carry`: with the optimiser state of
+    the base, but the probe's rates."""
     names = {f.name for f in fields(ModelConfig)}
     model = LM(ModelConfig(**{k: v for k, v in base["config"].items() if k in names})).to(dist.device)
     checkpoint.load_weights(model, base["model"], "the base")
@@ -211,7 +299,7 @@ def load_base(cfg, base: dict, dist: Dist, carry: bool):
 
 def carries(cfg) -> bool:
     """Whether the probe goes on with the optimiser state of the base."""
-    return cfg.state == "carry" and cfg.optimizer == cfg.base_optimizer and not (cfg.base and not cfg.pool)
+    return cfg.state == "carry" and cfg.optimizer == cfg.base_optimizer
 
 
 def finished_parts(cfg, run: Run) -> dict[tuple, dict]:
@@ -226,7 +314,8 @@ def finished_parts(cfg, run: Run) -> dict[tuple, dict]:
             with open(path) as f:
                 if differences := cfg.differences(json.load(f)):
                     raise UserError(f"{run.folder} holds a run with another configuration:\n  "
-                                    + "\n  ".join(differences) + "\nkeep it and use --name=OTHER, or delete it with "
+                                    + "\n  ".join(differences) + "\nkeep it and use --name=OTHER, or delete "
+                                                                 "it with "
                                     "--overwrite")
         else:
             write_json(path, asdict(cfg))

@@ -1,19 +1,22 @@
 """What does one exposure leave behind, how long does it last, does it come back: signal or noise.
 
-    python memory_probe.py                                    # retention, on a base it trains first: 10 minutes
+    python memory_probe.py                                    # retention, on a base it trains first: 10
+    minutes
     python memory_probe.py --show_facts=10                    # some facts, their controls and probes
-    python memory_probe.py --power                            # what these facts and seeds can detect, how long
-    python memory_probe.py config/probe_spacing.py --seeds=6  # also: frequency, dilution, mixed, continual, ...
+    python memory_probe.py --power                            # what these facts and seeds can detect, how
+    long
+    python memory_probe.py config/probe_spacing.py --seeds=6  # also: frequency, dilution, mixed, continual,
+    ...
     python memory_probe.py --arm=optimizer=muon --arm="optimizer=sgd lr=0.3"     # each arm against the first
     python memory_probe.py --base=out/demo --pool=0           # on a checkpoint, as it is
 
-How it measures. A small base learns a pool of facts until it answers them in every wording. Then unknown facts
-are written into rows of the ordinary batches, and training goes on. Everything is done twice, in crossover
-twins: run A trains the treated facts, run B their controls in the same rows, at the same steps, in the same
-sentences; only the names differ. The effect is log p(answer) in A minus that in B on the treated facts, and B
-minus A on the controls: what a fact gained from its own exposures, in nats (log p is summed over the answer's
-tokens). A third twin, A with one background row changed, gives the chaos floor. Seeds draw new names and
-answers, and are the unit of every claim.
+How it measures. A small base learns a pool of facts until it answers them in every wording. Then unknown
+facts are written into rows of the ordinary batches, and training goes on. Everything is done twice, in
+crossover twins: run A trains the treated facts, run B their controls in the same rows, at the same steps, in
+the same sentences; only the names differ. The effect is log p(answer) in A minus that in B on the treated
+facts, and B minus A on the controls: what a fact gained from its own exposures, in nats (log p is summed
+over the answer's tokens). A third twin, A with one background row changed, gives the chaos floor. Seeds draw
+new names and answers, and are the unit of every claim.
 
 out/NAME/ gets facts.jsonl, probes.jsonl, summary.json and figures; the same command resumes, to the bit.
 """
@@ -32,6 +35,7 @@ import stream_probe
 from artefacts import ARTEFACTS, artefacts
 from base import (
     CPU,
+    MOST,
     BaseConfig,
     architecture,
     background,
@@ -42,7 +46,7 @@ from base import (
     pool_batch,
     split_batch,
 )
-from common import probing, stats, tokenizer
+from common import fit, probing, stats, tokenizer
 from common.config import ConfigError, UserError, launch, option_types, parse
 from common.console import StepBar, resume_command, say
 from common.data import Text, Windows, open_text
@@ -82,18 +86,18 @@ class ProbeConfig(BaseConfig):
     spread: int = 64  # steps over which exposures are spread
     share: float = 0.25  # mixed: share of each batch that holds facts
     cohorts: int = 6  # continual: how many groups are written, `spread` steps apart
-    method: Literal["none", "replay", "ewc", "rows"] = "none"  # against forgetting: none | replay | ewc | rows
+    method: Literal["none", "replay", "ewc", "rows"] = "none"  # continual: none | replay | ewc | rows
     replay_share: float = 0.1  # replay: share of each batch that repeats facts written before
     ewc_lambda: float = 100.0  # ewc: weight of the penalty (lambda / 2) F (p - p_before)^2
     reset_after: bool = False  # artefact: begin a new optimiser when the injection ends
     keep_pool: bool = False  # keep the pool's rows in the background: the form of facts is not forgotten
     artefacts: tuple[Literal[tuple(ARTEFACTS)], ...] = tuple(ARTEFACTS)  # which of artefacts.py
     # window, trace
-    window_size: int = 32  # window: sentences of a step; text as long before and ten times as long after is needed
+    window_size: int = 32  # window: sentences in it, all trained at each step
     stride: int = 8  # window: new sentences per step, so that each is trained window_size / stride times
     sentences: int = 256  # window: half of them in the stream, half never trained
     context: int = 0  # window: earlier sentences before each one, in training (masked) and probes; 0 = none
-    lr_profile: Literal["none", "random", "depth"] = "none"  # window: none | random: a tenth of entries 10x | depth
+    lr_profile: Literal["none", "random", "depth"] = "none"  # window: none | random | depth
     intervals: int = 8  # trace: stretches of text per seed
     stretch: int = 512  # trace: tokens of a stretch
     retrain_steps: int = 10  # trace: steps on a stretch, each on all of its windows
@@ -101,8 +105,11 @@ class ProbeConfig(BaseConfig):
     reach: int = 2048  # trace: tokens before and behind a stretch that are read
     exclude_overlap: bool = True  # trace: not the tokens that are read in one window with trained ones
     # handover, incontext
+    modes: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")  # handover: ce | kl to the prompted base
+    target: float = 0.9  # handover: accuracy to hold, as a share of the prompted base's
+    distances: tuple[int, ...] = (0, 16, 32)  # incontext: tokens between a statement and its question
     # probe's optimiser (the base has its own)
-    state: Literal["carry", "fresh"] = "carry"  # carry the base's optimiser state, where it has the same optimiser
+    state: Literal["carry", "fresh"] = "carry"  # carry the base's state where the optimiser is the same
     beta2_tokens: int = 0  # tokens in which Adam's second moment halves; 0 = as beta2 says
     base_optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # adamw | muon | sgd
     base_lr: float = 2e-3  # peak learning rate of the base
@@ -115,9 +122,15 @@ class ProbeConfig(BaseConfig):
     name: str = "memory"  # the folder in out_dir
 
     def problems(self) -> list[str]:
-        out = super().problems() + self.at_least(1, "seeds", "facts", "exposures", "spread", "cohorts", "lead")
-        out += self.at_least(0, "steps", "beta2_tokens", "chaos_seeds", "base_lr", "bound", "show_facts", "base_seed",
+        out = super().problems() + self.at_least(1, "seeds", "facts", "exposures", "spread", "cohorts",
+                                                 "lead")
+        out += self.at_least(0, "steps", "beta2_tokens", "chaos_seeds", "base_lr", "bound", "show_facts",
+                             "base_seed",
                              "ewc_lambda")
+        out += [f"{key}={getattr(self, key):,} is more than {MOST:,}, the most there can be"
+                for key in ("seeds", "facts", "exposures", "spread", "cohorts", "lead", "show_facts",
+                            "chaos_seeds")
+                if getattr(self, key) > MOST]
         if self.exposures > TRAINED and self.experiment == "retention":
             out.append(f"exposures={self.exposures}: a fact has {TRAINED} wordings to train")
         if self.exposures > self.spread:
@@ -126,7 +139,14 @@ class ProbeConfig(BaseConfig):
                 if not 0 < getattr(self, key) <= 1]
         if not 0 <= self.replay_share < 1:
             out.append(f"replay_share must be at least 0 and below 1, got {self.replay_share}")
-        out += self.at_least(1, "window_size", "stride", "intervals", "retrain_steps") + self.at_least(0, "context")
+        if self.experiment in ("handover", "incontext") and not (self.context_share or self.base):
+            out.append(f"experiment={self.experiment} needs a base that reads facts from its context; use "
+                       "--context_share=0.5")
+        if not self.modes or not self.distances or min(self.distances) < 0 or not 0 < self.target <= 1:
+            out.append("modes and distances must not be empty, distances not negative, target above 0 and "
+                       "at most 1")
+        out += self.at_least(1, "window_size", "stride", "intervals", "retrain_steps") + self.at_least(0,
+                                                                                                       "context")
         if self.experiment == "window" and self.stride > self.window_size:
             out.append(f"stride={self.stride} leaves out sentences; at most window_size={self.window_size}")
         if self.sentences < 4 or self.sentences % 2:
@@ -134,7 +154,8 @@ class ProbeConfig(BaseConfig):
         if not 0 <= self.overlap < 1:
             out.append(f"overlap must be at least 0 and below 1, got {self.overlap}")
         if self.experiment == "trace":
-            out += self.at_least(self.max_seq_len + 1, "stretch") + self.at_least(2 * self.max_seq_len, "reach")
+            out += self.at_least(self.max_seq_len + 1, "stretch") + self.at_least(2 * self.max_seq_len,
+                                                                                  "reach")
         if self.method != "none" and self.experiment != "continual":
             out.append(f"method={self.method} is for --experiment=continual")
         for text in self.arm if not out else ():
@@ -187,7 +208,8 @@ def evenly(pairs: list[int], exposures: int, cfg: ProbeConfig, same: bool, first
     gap, slots = length // exposures, max(1, length // max(HEAVY, exposures))
     for n, pair in enumerate(pairs):
         last = first + length - 1 - n % slots
-        said += [(last - j * gap, pair, 0 if same else (exposures - 1 - j) % TRAINED) for j in range(exposures)]
+        said += [(last - j * gap, pair, 0 if same else (exposures - 1 - j) % TRAINED)
+                 for j in range(exposures)]
     return said
 
 
@@ -241,8 +263,8 @@ def schedule(cfg: ProbeConfig) -> tuple[list[str], dict[int, list], int]:
 
 
 def probe_steps(cfg: ProbeConfig, plan: tuple) -> dict[int, bool]:
-    """{step before whose update probes are asked: whether all kinds are}. Before and during the injection, after
-    each group's last exposure, then 0, 1, 2, 3, 5, 8, ... steps after all, and the end."""
+    """{step before whose update probes are asked: whether all kinds are}. Before and during the injection,
+    after each group's last exposure, then 0, 1, 2, 3, 5, 8, ... steps after all, and the end."""
     groups, due, length = plan
     ends = {groups[pair]: step + 1 for step, said in due.items() for pair, _ in said} | {"": length}
     grid, a, b = {0}, 1, 2
@@ -279,7 +301,8 @@ class Part:
     def sentences(self, said: list[tuple[int, int]], world: World) -> list[list[int]]:
         """Of (pair, place), with the subjects that this twin trains."""
         own = len(self.facts) // 3 if self.twin == "B" else 0
-        return world.sentences([(self.facts[own + pair], self.facts[pair].order[place]) for pair, place in said])
+        return world.sentences([(self.facts[own + pair], self.facts[pair].order[place]) for pair,
+                                place in said])
 
 
 def fact_rows(part: Part, world: World, cfg: ProbeConfig) -> dict[int, tuple]:
@@ -289,30 +312,33 @@ def fact_rows(part: Part, world: World, cfg: ProbeConfig) -> dict[int, tuple]:
         out[cfg.lead + step] = rows = pack(part.sentences(said, world), cfg.max_seq_len, world.tok.eot)
         if len(rows[0]) > cfg.batch_size - cfg.pool_rows * cfg.keep_pool:
             raise UserError(f"step {step} of the injection has {len(said)} sentences, {len(rows[0])} rows of "
-                            f"{cfg.max_seq_len} tokens, but the batch has {cfg.batch_size} rows; use a larger "
+                            f"{cfg.max_seq_len} tokens, but the batch has {cfg.batch_size} rows; use a "
+                            "larger "
                             "--batch_size or --spread, or fewer --facts")
     return out
 
 
 def replay(cfg: ProbeConfig, part: Part, step: int, world: World):
-    """Rows (R, T) that repeat facts of earlier cohorts: a function of (seed, step). None in the first cohort."""
+    """Rows (R, T) that repeat facts of earlier cohorts, a function of (seed, step). None in the first."""
     begun = (step - cfg.lead) // cfg.spread * cfg.spread
     before = sorted({what for s, said in part.due.items() if s < begun for what in said})
     rows = round(cfg.replay_share * cfg.batch_size)
     if not before or not rows:
         return None
-    drawn = np.random.default_rng((part.seed, 11, step)).integers(len(before), size=rows * cfg.max_seq_len // 8)
+    drawn = np.random.default_rng((part.seed, 11, step)).integers(len(before),
+                                                                  size=rows * cfg.max_seq_len // 8)
     x, y = pack(part.sentences([before[i] for i in drawn], world), cfg.max_seq_len, world.tok.eot)
     return x[:rows], y[:rows]
 
 
 def consolidate(net, model: LM, rows: list, cfg: ProbeConfig, dist: Dist) -> dict:
-    """What EWC (Kirkpatrick 2017, 1612.00796) keeps of the rows (R, T): the weights now, and the diagonal Fisher
-    information, as the mean over rows of the squared gradient."""
+    """What EWC (Kirkpatrick 2017, 1612.00796) keeps of the rows (R, T): the weights now, and the diagonal
+    Fisher information, as the mean over rows of the squared gradient."""
     fisher, (x, y) = {name: torch.zeros_like(p) for name, p in model.named_parameters()}, rows
     for i in range(len(x)):
         alone = [z[i:i + 1].repeat(dist.world, 0) for z in (x, y)]
-        backward(net, split_batch(*alone, cfg, dist), dist, "fp32", torch.amp.GradScaler("cpu", enabled=False))
+        backward(net, split_batch(*alone, cfg, dist), dist, "fp32",
+                 torch.amp.GradScaler("cpu", enabled=False))
         for name, p in model.named_parameters():
             fisher[name] += p.grad.float() ** 2 / len(x)
             p.grad = None
@@ -326,8 +352,8 @@ def pull_back(model: LM, ewc: dict, weight: float) -> None:
 
 
 def only_rows(model: LM, x: np.ndarray):
-    """Keep gradients of nothing but the embeddings of the tokens x; returns what restores the other rows (momentum
-    would move them)."""
+    """Keep gradients of nothing but the embeddings of the tokens x; returns what restores the other rows
+    (momentum would move them)."""
     table, others = model.embed.weight, torch.ones(len(model.embed.weight), dtype=torch.bool)
     others[torch.as_tensor(x).unique()] = False
     others = others.to(table.device)
@@ -343,9 +369,10 @@ def only_rows(model: LM, x: np.ndarray):
 
 
 def expose(cfg: ProbeConfig, part: Part, written: dict, model: LM, optimizer, scaler, step: int, ewc: dict,
-           prefix: dict, world: World, windows: Windows, pool: list, run: Run, stop: StopRequest, bar: StepBar) -> bool:
-    """Train on from `step` and ask probes on the way; False if asked to stop. Until the injection both twins are
-    the same run: the first one leaves its state there in `prefix`."""
+           prefix: dict, world: World, windows: Windows, pool: list, run: Run, stop: StopRequest,
+           bar: StepBar) -> bool:
+    """Train on from `step` and ask probes on the way; False if asked to stop. Until the injection both twins
+    are the same run: the first one leaves its state there in `prefix`."""
     dist, dtype = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0]
     probes = {everything: probes_of(part, world, everything) for everything in (False, True)}
     prepared = {k: probing.batches(p, world.tok.eot, dist.device) for k, p in probes.items()}
@@ -392,8 +419,10 @@ def expose(cfg: ProbeConfig, part: Part, written: dict, model: LM, optimizer, sc
         bar.tick(time.perf_counter() - began)
         bar.show(f"arm {part.arm + 1}, seed {part.seed}, twin {part.twin}: loss {loss.item():.3f}")
         if run.save_is_due(cfg.save_minutes):
-            run.save("last.pt", model, optimizer, scaler, part=part.key, step=step, ewc=ewc)
-    run.save("last.pt", model, optimizer, scaler, part=part.key, step=step, ewc=ewc)
+            run.save("last.pt", model, optimizer, scaler, part=part.key, step=step, ewc=ewc,
+                     probing=run.probing)
+    run.save("last.pt", model, optimizer, scaler, part=part.key, step=step, ewc=ewc,
+                     probing=run.probing)
     return step == part.length
 
 
@@ -404,14 +433,15 @@ def probes_of(part: Part, world: World, everything: bool) -> list:
 
 
 def log_scores(part: Part, step: int, probes: list, scores: probing.Scores, run: Run) -> None:
-    """Add a row per kind of probe to probes.jsonl: lists over treated facts, then over controls. The confidence
-    on subjects that no run has seen is a mean over spares."""
+    """Add a row per kind of probe to probes.jsonl: lists over treated facts, then over controls. The
+    confidence on subjects that no run has seen is a mean over spares."""
     if not run.dist.is_main:
         return
     kinds, n = np.array([p.kind for p in probes]), len(part.facts) // 3
     for kind in dict.fromkeys(kinds.tolist()):
         of = np.flatnonzero(kinds == kind)
-        row = {"part": part.key, "step": step, "kind": kind, "logp": scores.logp[of[:2 * n]].round(5).tolist()}
+        row = {"part": part.key, "step": step, "kind": kind,
+               "logp": scores.logp[of[:2 * n]].round(5).tolist()}
         row |= {k: getattr(scores, k)[of[:2 * n]].astype(int).tolist() for k in ("hit", "rank", "guess")}
         if kind == OFTEN[0]:
             row["unseen_confidence"] = float(scores.confidence[of[2 * n:]].mean())
@@ -448,8 +478,8 @@ def show_facts(cfg: ProbeConfig, world: World) -> None:
 
 
 def facts_of(cfg: ProbeConfig, seed: int, world: World, text: Text) -> tuple[list[Fact], list[Fact]]:
-    """(the pool, the facts of one seed with their groups). Names that the text contains are named and avoided:
-    a control that stands in the text would be no control."""
+    """(the pool, the facts of one seed with their groups). Names that the text contains are named and
+    avoided: a control that stands in the text would be no control."""
     pool = make_facts(world, "pool", cfg.pool, cfg.base_seed) if cfg.pool else []
     groups, avoid = schedule(cfg)[0], {}
     while True:
@@ -476,10 +506,12 @@ def run_part(cfg: ProbeConfig, part: Part, prefix: dict, saved: dict | None, tex
     sentences = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))) if cfg.keep_pool else []
     windows = Windows(text.train, cfg.max_seq_len, 1000 + part.seed)
     try:
-        return expose(cfg, part, written, model, optimizer, scaler, step, ewc, prefix, world, windows, sentences, run,
+        return expose(cfg, part, written, model, optimizer, scaler, step, ewc, prefix, world, windows,
+                      sentences, run,
                       stop, bar)
     except NotFinite as e:
-        raise UserError(f"arm {part.arm + 1}, seed {part.seed}, twin {part.twin}: {e}; use a lower --lr") from None
+        raise UserError(f"arm {part.arm + 1}, seed {part.seed}, twin {part.twin}: {e}; use a lower "
+                        "--lr") from None
 
 
 def main(cfg: ProbeConfig) -> dict:
@@ -491,6 +523,8 @@ def main(cfg: ProbeConfig) -> dict:
         if cfg.show_facts:
             show_facts(cfg, worlds[0])
             return {"status": "shown"}
+        for c in arms:
+            fit.refuse_hopeless(LM, c, fit.room_for(0.0, dist), c.batch_size, fit.states_of(c), cfg.dry_run)
         if dist.device.type == "cpu":
             keep_freed_memory()
         others = OTHERS.get(cfg.experiment)
@@ -520,15 +554,19 @@ def exposures(cfg: ProbeConfig, arms: list, labels: list[str], text: Text, world
     """All twins of all seeds of all arms: (summary, words), or None if asked to stop."""
     plans = [(schedule(c), probe_steps(c, schedule(c))) for c in arms]
     todo = parts(cfg, arms)
-    saved, run.probing = run.find(), 0.0
+    saved = run.find()
+    run.probing = saved["progress"].get("probing", 0.0) if saved else 0.0  # seconds
     rows = read_rows(run.path("probes.jsonl")) if saved else []
     done = {tuple(r["part"]) for r in rows if r["step"] == max(plans[r["part"][0]][1])}
     current, reached = (tuple(saved["progress"]["part"]), saved["progress"]["step"]) if saved else (None, 0)
-    if saved and current[0] < len(plans) and not covered(rows, current, reached, plans[current[0]][1], arms[current[0]]):
+    if saved and current[0] < len(plans) and not covered(rows, current, reached, plans[current[0]][1],
+                                                         arms[current[0]]):
         current = None  # the log lost rows, as in a power failure: that run begins again
-    run.begin(saved, lambda r: tuple(r["part"]) in done or tuple(r["part"]) == current and r["step"] < reached)
+    run.begin(saved, lambda r: tuple(r["part"]) in done or tuple(r["part"]) == current
+              and r["step"] < reached)
     prefix, written, place = {}, [], None
-    with StepBar(sum(max(plans[key[0]][1]) for key in done if key in todo), sum(max(plans[a][1]) for a, _, _ in todo),
+    with StepBar(sum(max(plans[key[0]][1]) for key in done if key in todo),
+                 sum(max(plans[a][1]) for a, _, _ in todo),
                  run.dist.is_main) as bar:
         for key in todo:
             a, seed, twin = key
@@ -539,13 +577,15 @@ def exposures(cfg: ProbeConfig, arms: list, labels: list[str], text: Text, world
             _, due, length = plans[a][0]
             part = Part(a, seed, twin, facts, due, arms[a].lead + length, plans[a][1])
             mine = saved if current == key else None
-            if key not in done and not run_part(arms[a], part, prefix, mine, text, worlds[a], pool, run, stop, bar):
+            if key not in done and not run_part(arms[a], part, prefix, mine, text, worlds[a], pool, run, stop,
+                                                bar):
                 return None
     if not run.dist.is_main:
         return {}, ""
     lines = "".join(json.dumps(f, sort_keys=True) + "\n" for f in written)
     write_text(run.path("facts.jsonl"), lines)
-    summary, words = report(cfg, labels, arms, plans, read_rows(run.path("probes.jsonl")), written, run.folder)
+    summary, words = report(cfg, labels, arms, plans, read_rows(run.path("probes.jsonl")), written,
+                            worlds[0].answers, run.folder)
     summary |= {"facts_sha256": hashlib.sha256(lines.encode()).hexdigest(),
                 "counts": {"runs": len(todo), "probing_share": run.probing / max(run.seconds, 1e-9)}}
     return summary, words
@@ -569,33 +609,39 @@ def describe(cfg: ProbeConfig, arms: list) -> str:
     lines = [f"experiment  {cfg.experiment}: {len(arms)} arms x {cfg.seeds} seeds x twins = {n} runs"]
     for label, c in zip(("as it is", *cfg.arm), arms, strict=True):
         groups, due, length = schedule(c)
-        lines.append(f"arm         {label}: {', '.join(f'{groups.count(g)} {g}' for g in dict.fromkeys(groups))}; "
-                     f"{c.lead} steps, {length} with {sum(map(len, due.values())):,} exposures, {c.steps} after; "
+        lines.append(f"arm         {label}: "
+                     f"{', '.join(f'{groups.count(g)} {g}' for g in dict.fromkeys(groups))}; "
+                     f"{c.lead} steps, {length} with {sum(map(len, due.values())):,} exposures, {c.steps} "
+                     "after; "
                      f"{c.optimizer} lr {c.lr:g} ({'carried' if carries(c) else 'fresh'} state, beta2 "
                      f"{c.probe_beta2:.5f}) on a base by {c.base_optimizer}")
     return "\n".join(lines)
 
 
 def power(cfg: ProbeConfig, arms: list, dist: Dist) -> str:
-    """What these facts and seeds detect, from the spread measured by an earlier run of this name if there is one;
-    and how long it takes here."""
+    """What these facts and seeds detect, from the spread measured by an earlier run of this name if there is
+    one; and how long it takes here."""
     sd_seed, sd_item, source = 0.1, 0.6, "assumed; after a first run of one or more seeds it is measured"
     path = os.path.join(cfg.out_dir, cfg.name, "summary.json")
     if os.path.exists(path):
         groups = tokenizer.read_json(path)["arms"][0]["groups"]
-        found = [next(iter(g["kinds"]["mem"]["at"].values())) for name, g in groups.items() if name not in CONTROLS]
+        found = [next(iter(g["kinds"]["mem"]["at"].values())) for name,
+                 g in groups.items() if name not in CONTROLS]
         sd_item = max(e["sd_item"] for e in found)
         sd_seed = max((e["sd_seed"] for e in found if e["sd_seed"] is not None), default=sd_seed)
         source = f"measured in {os.path.dirname(path)}"
     lines = [f"spread      {sd_seed:.2f} nats over seeds, {sd_item:.2f} over facts ({source})"]
     for seeds in sorted({1, 3, cfg.seeds, 6, 10}):
         see = stats.minimum_detectable(sd_seed, sd_item, seeds, cfg.facts)
-        lines.append(f"power       {seeds:2} seed{'s' if seeds > 1 else ' '} x {cfg.facts} pairs: sees {see:.2f} nats "
-                     f"({see / math.log(2):.2f} bits) four times in five" + " <- as it is" * (seeds == cfg.seeds))
+        lines.append(f"power       {seeds:2} seed{'s' if seeds > 1 else ' '} x {cfg.facts} pairs: sees "
+                     f"{see:.2f} nats "
+                     f"({see / math.log(2):.2f} bits) four times in five"
+                     + " <- as it is" * (seeds == cfg.seeds))
     for label, c in zip(("as it is", *cfg.arm), arms, strict=True):
         mine = [key for key in parts(cfg, arms) if arms[key[0]] is c]
         seconds = sum(max(probe_steps(c, schedule(c))) for _ in mine) * seconds_per_step(c, dist)
-        lines.append(f"time        {label}: {len(mine)} runs, about {seconds * 1.2 / 60:.0f} minutes here, and its "
+        lines.append(f"time        {label}: {len(mine)} runs, about {seconds * 1.2 / 60:.0f} minutes here, "
+                     "and its "
                      "base where that is not cached")
     return "\n".join(lines)
 

@@ -5,14 +5,15 @@
     facts = make_pairs(world, 64, seed=2, taken=pool)        # treated facts and their controls
     probes = [p for fact in facts for p in world.probes(fact)]
 
-A fact is (relation, subject, answer): "The sign of Bamiro is horse." Subjects are invented names of equally many
-tokens. Answers come from a closed list A of tokens of their own, dealt in shuffled blocks of |A|, so that in a
-whole block guessing is right exactly once in |A| and the best constant answer no oftener. A treated fact and
-its control share relation, answer, wordings and token count: their sentences differ in the name alone.
+A fact is (relation, subject, answer): "The sign of Bamiro is horse." Subjects are invented names of equally
+many tokens. Answers come from a closed list A of tokens of their own, dealt in shuffled blocks of |A|, so
+that in a whole block guessing is right exactly once in |A| and the best constant answer no oftener. A
+treated fact and its control share relation, answer, wordings and token count: their sentences differ in the
+name alone.
 
-Levels: H0 16 answers. H1 64 answers. H2 256 answers, 4 relations that share subjects. H3 a code of four tokens
-out of 26. H4 an update: the pool holds another answer for each subject. H5 two hops: the pool says which
-answer belongs to each answer of the first relation.
+Levels: H0 16 answers. H1 64 answers. H2 256 answers, 4 relations that share subjects. H3 a code of four
+tokens out of 26. H4 an update: the pool holds another answer for each subject. H5 two hops: the pool says
+which answer belongs to each answer of the first relation.
 
 Everything is drawn by SHA-256 of (seed, what), so the same seed gives the same ids on every platform.
 """
@@ -67,7 +68,7 @@ class Fact:
 
 class Probe(NamedTuple):
     fact: str  # id
-    kind: str  # mem (trained wording) | para (held out) | qa | reverse | foil | comp (two hops) | old (answer)
+    kind: str  # mem (trained wording) | para (another) | qa | reverse | foil | comp (two hops) | old (answer)
     prompt: list[int]
     target: list[int]
 
@@ -84,16 +85,20 @@ class World:
         self.tok, self.level, self.seed, self.answer_tokens = tok, level, seed, sizes[1]
         used = set(re.findall(r"[a-z]{3,}", " ".join((*WORDINGS, *RELATIONS, TWO_HOPS)).lower()))
         words, self.glue = single_tokens(tok)
-        words, n = shuffled([w for w in words if w.strip() not in used], seed, "answers"), n_answers or sizes[0]
+        words, n = shuffled([w for w in words if w.strip() not in used], seed,
+                            "answers"), n_answers or sizes[0]
         if len(words) < n:
-            raise UserError(f"level {level} needs {n} answers of one token each, but the tokenizer {tok.name} "
-                            f"has {len(words)}; use --level=H0 or --answers={len(words)}, or a tokenizer with "
+            raise UserError(f"level {level} needs {n} answers of one token each, but the tokenizer "
+                            f"{tok.name} "
+                            f"has {len(words)}; use --level=H0 or --answers={len(words)}, or a tokenizer "
+                            "with "
                             "more words (bpe:8192)")
         self.answers, self.words = words[:n], words[n:]
         self.answer_ids = [self.encode(w)[0] for w in self.answers]
         self.relations = [r for r in RELATIONS if tok.decode(self.encode(r)).strip() == r][:sizes[2]]
         if len(self.relations) < sizes[2]:
-            raise UserError(f"the tokenizer {tok.name} lacks the words of the relations: {', '.join(RELATIONS)}")
+            raise UserError(f"the tokenizer {tok.name} lacks the words of the relations: "
+                            f"{', '.join(RELATIONS)}")
 
     def encode(self, text: str) -> list[int]:
         return self.tok.encode(text)
@@ -112,13 +117,16 @@ class World:
     def probes(self, fact: Fact) -> list[Probe]:
         """One of each kind. The target begins at a token boundary: prompt + target are the sentence's ids."""
         chosen = shuffled(range(len(QUESTIONS)), fact.id, "question")[0] + len(STATEMENTS)
-        kinds = {"mem": fact.order[0], "para": fact.order[TRAINED], "qa": chosen, "reverse": len(WORDINGS) - 2}
+        kinds = {"mem": fact.order[0], "para": fact.order[TRAINED], "qa": chosen,
+                 "reverse": len(WORDINGS) - 2}
         texts = {kind: self.prompt(fact, wording) for kind, wording in kinds.items()}
         if self.level == "H5" and fact.relation == self.relations[0]:
             second = self.second_hop(fact.answer)
-            texts["comp"] = (TWO_HOPS.format(q=self.relations[1], r=fact.relation, s=fact.subject) + self.glue,
+            texts["comp"] = (TWO_HOPS.format(q=self.relations[1], r=fact.relation, s=fact.subject)
+                             + self.glue,
                              second)
-        # names alone become likelier by training: `reverse` counts only beyond the same name after another answer
+        # names alone become likelier by training: `reverse` counts only beyond the same name after another
+        # answer
         texts["foil"] = self.prompt(replace(fact, answer=self.another(fact.answer)), kinds["reverse"])
         if fact.old:
             texts["old"] = (texts["mem"][0], fact.old)
@@ -162,7 +170,8 @@ def single_tokens(tok) -> tuple[list[str], str]:
     words = list(dict.fromkeys(w for w in texts if re.fullmatch(r"[a-z]{3,}", w)))
     found = [f" {w}" for w, ids in zip(words, tok.encode_batch([f"is {w}" for w in words]), strict=True)
              if len(ids) == 1 + len(tok.encode("is")) and tok.decode(ids[-1:]).strip() == w]
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz" if len(tok.encode(f"is {c}")) == 1 + len(tok.encode("is "))]
+    letters = [c for c in "abcdefghijklmnopqrstuvwxyz" if len(tok.encode(f"is {c}")) == 1
+               + len(tok.encode("is "))]
     return (found, "") if len(found) >= len(letters) else (letters, " ")
 
 
@@ -175,8 +184,8 @@ def open_world(tok, level: str = "H1", seed: int = 1, n_answers: int = 0) -> Wor
 
 
 def names(world: World, *key) -> Iterator[str]:
-    """Endless different subjects, all of the same number of tokens after a space and at the start: the usual one
-    of this tokenizer."""
+    """Endless different subjects, all of the same number of tokens after a space and at the start: the usual
+    one of this tokenizer."""
     def invented(key):
         for i in range(10**6):
             n = digest((*key, "name", i))
@@ -254,7 +263,8 @@ def make_pairs(world: World, count: int, seed: int, taken=(), avoid=()) -> list[
         people = dict(zip(same, fresh, strict=True))
         for i, f in enumerate(treated):
             subject = people[f.subject]
-            out.append(Fact(f"{split}{seed}.{f.relation}.{i}", split, i, f.relation, subject, f.answer, f.order,
+            out.append(Fact(f"{split}{seed}.{f.relation}.{i}", split, i, f.relation, subject, f.answer,
+                            f.order,
                             old=olds.get(subject, "")))
     if world.level == "H4":  # the new answer differs from all old ones of its pair
         for i in range(count):

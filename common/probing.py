@@ -37,7 +37,8 @@ def batches(probes: list[Probe], pad: int, device) -> list[Batch]:
     order, out = sorted(range(len(probes)), key=lambda i: len(probes[i].prompt) + len(probes[i].target)), []
     while order:
         longest, n = 0, 0
-        while n < len(order) and (n + 1) * max(longest, size := sum(map(len, probes[order[n]][2:]))) <= TOKENS:
+        while n < len(order) and (n + 1) * max(longest,
+                                               size := sum(map(len, probes[order[n]][2:]))) <= TOKENS:
             longest, n = max(longest, size), n + 1
         some, order = order[:max(n, 1)], order[max(n, 1):]
         rows, places, targets, first = [], [], [], []
@@ -56,8 +57,8 @@ def batches(probes: list[Probe], pad: int, device) -> list[Batch]:
 
 @torch.inference_mode()
 def score(model, prepared: list[Batch], answer_ids: list[int], dtype: str = "fp32") -> Scores:
-    """Scores of all probes, in their order, in eval mode. The trunk runs in `dtype`, the head, where it is asked,
-    in fp32."""
+    """Scores of all probes, in their order, in eval mode. The trunk runs in `dtype`, the head, where it is
+    asked, in fp32."""
     training = model.training
     model.eval()
     found, order = [], np.concatenate([b.order for b in prepared])

@@ -1,4 +1,5 @@
 """Mean differences with intervals and tests: pure functions of numbers, no files, no torch."""
+import bisect
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,213 +47,243 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Effects over seeds and items
+# Effects over seeds and items. by_seed is a list of one array per seed: its items' effects, all in one unit
 
 
 def difference_in_differences(treated_before, treated_after, control_before, control_after) -> np.ndarray:
-    """Per pair: what the treated one gained beyond its control."""
-    a, b, c, d = (np.asarray(x, dtype=float) for x in (treated_before, treated_after, control_before, control_after))
-    return (b - a) - (d - c)
+    """Per pair, in the units of the data: what the treated one gained beyond its control."""
+    treated = np.subtract(treated_after, treated_before, dtype=float)
+    return treated - np.subtract(control_after, control_before, dtype=float)
+
+
+def random_signs(n: int, flips: int, seed: int, width: int = 1):
+    """`flips` rows of n random +-1, in blocks of so many rows that (rows, max(n, width)) takes about 8 MB."""
+    rng, block = np.random.default_rng(seed), max(1, 2 ** 20 // max(n, width))
+    for start in range(0, flips, block):
+        yield rng.integers(0, 2, (min(block, flips - start), n), dtype=np.int8) * 2.0 - 1
 
 
 def sign_flip(differences, flips: int = 10_000, seed: int = 0) -> float:
-    """Two-sided p of a mean of 0 for differences that are symmetric under it: the share of sign patterns whose mean
-    is at least as far from 0. All 2^n of them if these are at most `flips`, else (1 + hits) / (1 + flips) of a
-    sample. The smallest possible p is 2 / 2^n. nan for no differences."""
+    """Two-sided p of a mean of 0, for differences that are symmetric around it (Fisher 1935): the share of
+    sign patterns whose mean is at least as far from 0, up to rounding. All 2^n patterns if these are at most
+    `flips` (then p is at least 2 / 2^n), else (1 + hits) / (1 + flips) of a random sample. nan for no
+    differences, or for a nan among them."""
     x = np.asarray(differences, dtype=float)
-    if not len(x):
+    if not len(x) or np.isnan(x).any():
         return math.nan
-    least = abs(x.mean()) * (1 - 1e-12)
+    least = abs(x.sum()) - 1e-12 * abs(x).sum()
     if 2 ** len(x) <= flips:
-        signs = 1 - 2 * (np.arange(2 ** len(x))[:, None] >> np.arange(len(x)) & 1)  # (2^n, n)
-        return float((abs(signs @ x / len(x)) >= least).mean())
-    rng, hits, block = np.random.default_rng(seed), 0, max(1, 2**20 // len(x))
-    for start in range(0, flips, block):
-        signs = rng.integers(0, 2, (min(block, flips - start), len(x))) * 2 - 1
-        hits += int((abs(signs @ x / len(x)) >= least).sum())
+        sums = np.zeros(1)
+        for value in x:
+            sums = np.concatenate([sums + value, sums - value])
+        return float((abs(sums) >= least).mean())
+    hits = sum(int((abs(signs @ x) >= least).sum()) for signs in random_signs(len(x), flips, seed))
     return (1 + hits) / (1 + flips)
 
 
+def seeds_of(by_seed: list) -> list[np.ndarray]:
+    arrays = [np.asarray(v, dtype=float) for v in by_seed]
+    if not all(v.size for v in arrays):
+        raise ValueError(f"expected items for every seed, got {[v.size for v in arrays]}")
+    return arrays
+
+
 def clustered(by_seed: list, level: float = 0.95) -> Effect:
-    """The mean over seeds of the means over items, with the t interval and p of the seeds' means: seeds are the
-    unit. From 12 seeds on p is by sign flips; with S seeds that cannot fall below 2 / 2^S, so that Holm over a
-    table of tests would leave 6 seeds without any verdict. One seed makes a statement about that run only: its
-    items are the unit, p by sign flips."""
-    values = [float(np.mean(v)) for v in by_seed] if len(by_seed) > 1 else [float(v) for v in by_seed[0]]
+    """The mean over seeds of the means over items, with the t interval and p of the seeds' means: seeds are
+    the unit, and n counts them. The interval covers at its level if these means are normal. From 12 seeds on
+    p is by sign flips; with S seeds that cannot fall below 2 / 2^S, so that Holm over a table of tests would
+    leave 6 seeds without any verdict. One seed makes a statement about that run only: its items are the unit,
+    p by sign flips. No seeds give nan."""
+    arrays = seeds_of(by_seed)
+    values = [float(v.mean()) for v in arrays] if len(arrays) != 1 else arrays[0].tolist()
     effect = paired_difference(values, [0.0] * len(values), level)
-    flipped = len(by_seed) >= 12 or len(by_seed) == 1 and len(values) > 1
+    flipped = len(arrays) >= 12 or len(arrays) == 1 and len(values) > 1
     return effect._replace(p=sign_flip(values)) if flipped else effect
 
 
 def hierarchical_bootstrap(by_seed: list, draws: int = 10_000, level: float = 0.95, seed: int = 0):
-    """(low, high): percentiles of the mean over seeds of the means over items, when seeds are drawn again and then
-    the items of each. Too narrow for few seeds (under about 8): print the t interval beside it."""
-    rng, S = np.random.default_rng(seed), len(by_seed)
-    means = np.stack([np.asarray(v, float)[rng.integers(0, len(v), (draws, S, len(v)))].mean(axis=2)
-                      if draws * S * len(v) <= 2**24 else resampled(np.asarray(v, float), draws, S, rng)
-                      for v in by_seed])  # (S, draws, S): seed, draw, the place it may take
-    chosen = rng.integers(0, S, (draws, S))
-    picked = means[chosen, np.arange(draws)[:, None], np.arange(S)]  # (draws, S)
-    low, high = np.quantile(picked.mean(axis=1), ((1 - level) / 2, (1 + level) / 2))
+    """(low, high): percentiles of the mean over seeds of the means over items, when seeds are drawn again and
+    then the items of each (Davison and Hinkley 1997, 3.8). Too narrow for few seeds that differ: at 95 % it
+    covered 81 % (2 seeds), 88 % (3), 91 % (5), 94 % (8), so print the t interval beside it. Too wide for
+    seeds that do not differ (99 % at 5), since the noise of items then counts twice."""
+    arrays, rng = seeds_of(by_seed), np.random.default_rng(seed)
+    chosen = rng.integers(0, len(arrays), (draws, len(arrays)))
+    means = np.empty(chosen.shape)
+    for s, v in enumerate(arrays):
+        places = np.flatnonzero(chosen == s)
+        for part in np.array_split(places, 1 + len(places) * len(v) // 2 ** 20):  # 8 MB
+            means.flat[part] = v[rng.integers(0, len(v), (len(part), len(v)))].mean(axis=1)
+    low, high = np.quantile(means.mean(axis=1), ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
 
-def resampled(v: np.ndarray, draws: int, S: int, rng) -> np.ndarray:
-    """(draws, S) means of resamples of v, drawn as counts to save memory."""
-    return np.stack([rng.multinomial(len(v), [1 / len(v)] * len(v), draws) @ v / len(v) for _ in range(S)], axis=1)
-
-
 def variance_components(by_seed: list) -> tuple[float, float]:
-    """(standard deviation of the seeds' effects, of items within a seed), by the method of moments; the first is
-    nan for one seed."""
-    arrays = [np.asarray(v, dtype=float) for v in by_seed]
-    within = [v.var(ddof=1) for v in arrays if len(v) > 1]
-    item = float(np.mean(within)) if within else math.nan
+    """(standard deviation of seeds' true effects, of items within a seed), by the method of moments: unbiased
+    squares, the first then cut off at 0. One seed: the first is nan. One item a seed: the second is nan, and
+    the first holds both."""
+    arrays = seeds_of(by_seed)
+    df = sum(len(v) - 1 for v in arrays)
+    item = sum(((v - v.mean()) ** 2).sum() for v in arrays) / df if df else math.nan
     if len(arrays) < 2:
         return math.nan, math.sqrt(item)
-    between = float(np.var([v.mean() for v in arrays], ddof=1))
-    sampling = float(np.mean([(0.0 if math.isnan(item) else item) / len(v) for v in arrays]))
-    return math.sqrt(max(0.0, between - sampling)), math.sqrt(item)
+    sampling = np.mean([item / len(v) for v in arrays]) if df else 0.0
+    return math.sqrt(max(0.0, np.var([v.mean() for v in arrays], ddof=1) - sampling)), math.sqrt(item)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Power
+# Power: what a design of `seeds` seeds with `items` items each can see; spreads and effects in one unit
 
 
 def standard_error(sd_seed: float, sd_item: float, seeds: int, items: int) -> float:
-    """Of the mean over seeds; nan for sd_seed (one seed) counts as 0."""
-    return math.sqrt((0.0 if math.isnan(sd_seed) else sd_seed) ** 2 / seeds + sd_item ** 2 / (seeds * items))
+    """Of the mean over seeds. A nan of variance_components counts as 0; two of them give nan."""
+    known = [(sd, n) for sd, n in ((sd_seed, seeds), (sd_item, seeds * items)) if not math.isnan(sd)]
+    return math.sqrt(sum(sd ** 2 / n for sd, n in known)) if known else math.nan
 
 
 def freedom(seeds: int, items: int) -> int:
     return seeds - 1 if seeds > 1 else items - 1
 
 
-def minimum_detectable(sd_seed: float, sd_item: float, seeds: int, items: int, alpha=0.05, power=0.8) -> float:
-    """The effect that is found with probability `power`, by (t_{1 - alpha/2} + t_power) standard errors."""
-    df = freedom(seeds, items)
-    if df < 1:
+def minimum_detectable(sd_seed: float, sd_item: float, seeds: int, items: int, alpha: float = 0.05,
+                       power: float = 0.8) -> float:
+    """The effect that the t-test of `clustered` finds with probability `power`: t_{1 - alpha/2} + t_{power}
+    standard errors (Bloom 1995). One seed: items are the unit, sd_seed nan. inf for one unit."""
+    if (df := freedom(seeds, items)) < 1:
         return math.inf
-    return float(stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * standard_error(sd_seed, sd_item, seeds, items)
+    errors = stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)
+    return float(errors) * standard_error(sd_seed, sd_item, seeds, items)
 
 
-def power_of(effect: float, sd_seed: float, sd_item: float, seeds: int, items: int, alpha=0.05) -> float:
+def power_of(effect: float, sd_seed: float, sd_item: float, seeds: int, items: int,
+             alpha: float = 0.05) -> float:
     """The probability that the two-sided t-test finds this effect, by the non-central t distribution."""
     df, se = freedom(seeds, items), standard_error(sd_seed, sd_item, seeds, items)
     if df < 1 or se == 0:
-        return float(se == 0 and effect != 0)
-    t, shift = stats.t.ppf(1 - alpha / 2, df), effect / se
-    return float(stats.nct.sf(t, df, shift) + stats.nct.cdf(-t, df, shift))
+        return float(df > 0 and effect != 0)
+    t, shift = stats.t.ppf(1 - alpha / 2, df), abs(effect) / se
+    wrong_sign = np.nan_to_num(stats.nct.cdf(-t, df, shift))  # scipy's nan stands for less than 1e-14
+    return float(stats.nct.sf(t, df, shift) + wrong_sign)
 
 
-def seeds_needed(effect: float, sd_seed: float, sd_item: float, items: int, alpha=0.05, power=0.8, most=1000) -> int:
-    """The fewest seeds (at least 2) that find the effect with this power; `most` if that many do not."""
-    return next((n for n in range(2, most) if power_of(effect, sd_seed, sd_item, n, items, alpha) >= power), most)
+def seeds_needed(effect: float, sd_seed: float, sd_item: float, items: int, alpha: float = 0.05,
+                 power: float = 0.8, most: int = 1000) -> int:
+    """The fewest seeds, at least 2, that find the effect with this power; most + 1 if `most` seeds do not."""
+    return 2 + bisect.bisect_left(range(2, most + 1), True, key=lambda n: power_of(
+        effect, sd_seed, sd_item, n, items, alpha) >= power)
 
 
 def equivalence(differences, bound: float, level: float = 0.95) -> tuple[float, float, float]:
-    """Two one-sided t-tests (Schuirmann 1987) of a mean inside +-bound: (the larger p, and the 2 level - 1
-    interval, which lies inside the bound exactly if p < 1 - level). One value: (1, -inf, inf)."""
+    """Two one-sided t-tests (Schuirmann 1987) of a mean within +-bound: (the larger p, low, high). The
+    interval is that of 2 level - 1 (90 %); it lies within the bound exactly if p < 1 - level. Fewer than two
+    differences show nothing: (1, -inf, inf)."""
+    if not bound > 0:
+        raise ValueError(f"bound: expected a positive number in the units of the data, got {bound}")
     x = np.asarray(differences, dtype=float)
     if len(x) < 2:
         return 1.0, -math.inf, math.inf
     mean, se = x.mean(), x.std(ddof=1) / math.sqrt(len(x))
-    if se == 0:
-        return float(abs(mean) >= bound), float(mean), float(mean)
-    p = max(stats.t.sf((mean + bound) / se, len(x) - 1), stats.t.cdf((mean - bound) / se, len(x) - 1))
+    p = stats.t.sf((bound - abs(mean)) / se, len(x) - 1) if se else abs(mean) >= bound
     half = stats.t.ppf(level, len(x) - 1) * se
     return float(p), float(mean - half), float(mean + half)
 
 
 def hits_above_chance(hits: int, n: int, chance: float) -> float:
-    """One-sided binomial p of at least so many hits by guessing."""
+    """One-sided binomial p: the probability of at least so many hits in n guesses; nan for n = 0."""
     return float(stats.binom.sf(hits - 1, n, chance)) if n else math.nan
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Curves
+# Curves over time
 
 
 def simultaneous_band(curves, level: float = 0.95, flips: int = 2000, seed: int = 0):
-    """(low (T,), high (T,)) around the mean of curves (n, T) that hold at all T points at once: the quantile of the
-    largest |t| over points when centred curves change sign together."""
+    """(low (T,), high (T,)) around the mean of curves (n, T), which hold the true mean at all T points at
+    once: the quantile of the largest |t| when centred curves change sign (Westfall and Young 1993). t has its
+    own spread in every flip: with that of the data, 8 curves covered 54 %, not 95 %. Needs 5 curves: 3 have
+    too few sign patterns (49 %)."""
     x = np.asarray(curves, dtype=float)
-    mean, se = x.mean(axis=0), np.maximum(x.std(axis=0, ddof=1) / math.sqrt(len(x)), 1e-300)
-    signs = np.random.default_rng(seed).integers(0, 2, (flips, len(x))) * 2 - 1
-    largest = abs(signs @ (x - mean) / len(x) / se).max(axis=1)
-    return mean - np.quantile(largest, level) * se, mean + np.quantile(largest, level) * se
+    n, mean, largest = len(x), x.mean(axis=0), []
+    if n < 2:
+        return mean - math.inf, mean + math.inf
+    square = ((x - mean) ** 2).mean(axis=0)  # (T,)
+    for signs in random_signs(n, flips, seed, x.shape[1]):
+        flipped = signs @ (x - mean) / n  # (some, T)
+        error = np.sqrt(np.maximum(square - flipped ** 2, 1e-15 * square) / (n - 1))
+        largest.append((abs(flipped) / np.where(error > 0, error, 1.0)).max(axis=1))
+    half = np.quantile(np.concatenate(largest), level) * np.sqrt(square / (n - 1))
+    return mean - half, mean + half
 
 
 class Forgetting(NamedTuple):
-    kind: str  # log, power, exponential, or none: too few points or no fit
+    kind: str  # log, power or exponential; none = too few points
     parameters: dict
-    half_life: float  # steps at which the fitted R falls to 0.5: inf = never; nan = no fit
+    half_life: float  # steps at which the fitted R falls to 0.5: inf = never; nan = not fitted
     bic: dict  # by kind
 
 
 def forgetting_curve(steps: Sequence[float], retained: Sequence[float]) -> Forgetting:
-    """The law of R(t), t >= 1 steps, with the smallest BIC: log, R = b - a log10 t (Chang 2024); power,
-    R = A (1 + t)^-k; exponential with a floor, R = B + (1 - B) exp(-t / tau) (Tirumala 2022)."""
+    """The law of R(t), the share retained t >= 1 steps after the peak, by least squares and the smallest BIC:
+    log, R = b - a log10 t (Chang 2024); power, R = A (1 + t)^-k (Wixted 1991); exponential with a floor, R =
+    B + (1 - B) exp(-t / tau), |B| <= 1 (Tirumala 2022). A half-life beyond the last step is extrapolated.
+    Fewer than 5 different steps: none."""
     t, r = np.asarray(steps, dtype=float), np.asarray(retained, dtype=float)
-    if len(t) < 5:
+    if t.shape != r.shape or (t < 1).any() or not np.isfinite([t, r]).all():
+        raise ValueError(f"expected finite steps >= 1 and as many finite shares, got {steps} and {retained}")
+    if len(np.unique(t)) < 5:
         return Forgetting("none", {}, math.nan, {})
-    laws = {"log": (lambda t, b, a: b - a * np.log10(t), ("b", "a"), (1.0, 0.3), (-np.inf, np.inf)),
-            "power": (lambda t, A, k: A * (1 + t) ** -k, ("A", "k"), (1.0, 0.3), (-np.inf, np.inf)),
-            "exponential": (lambda t, B, tau: B + (1 - B) * np.exp(-t / tau), ("B", "tau"),
-                            (0.1, float(np.median(t))), ((-1, 1e-3), (1, 1e9)))}
-    fits, bic = {}, {}
-    for kind, (law, names, guess, bounds) in laws.items():
-        try:
-            found = optimize.curve_fit(law, t, r, guess, bounds=bounds, maxfev=5000)[0]
-        except RuntimeError:  # no convergence
-            continue
-        squares = float(((law(t, *found) - r) ** 2).sum())
-        bic[kind] = len(t) * math.log(max(squares, 1e-18) / len(t)) + 2 * math.log(len(t))
-        fits[kind] = dict(zip(names, map(float, found), strict=True))
-    if not fits:
-        return Forgetting("none", {}, math.nan, {})
+
+    def power(k):
+        shape = (1 + t) ** -k
+        A = shape @ r / (shape @ shape)
+        return A * shape, {"A": float(A), "k": k}, (2 * max(A, np.float64(0))) ** (1 / k) - 1
+
+    def exponential(tau):
+        rest = np.exp(-t / tau)
+        B = np.clip((1 - rest) @ (r - rest) / ((1 - rest) @ (1 - rest)), -1, 1)
+        half_life = tau * math.log((1 - B) / (0.5 - B)) if B < 0.5 else math.inf
+        return B + (1 - B) * rest, {"B": float(B), "tau": tau}, half_life
+
+    def best(law, low, high):  # by its non-linear parameter: a grid first, to keep out of local minima
+        def loss(x):
+            return float(((law(math.exp(x))[0] - r) ** 2).sum())
+        grid = np.linspace(math.log(low), math.log(high), 100)
+        i = int(np.argmin([loss(x) for x in grid[1:-1]]))
+        bounds = grid[[i, i + 2]]
+        return law(math.exp(optimize.minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-9}).x))
+
+    with np.errstate(over="ignore"):
+        slope, b = np.polyfit(np.log10(t), r, 1)
+        half_life = 10 ** ((b - 0.5) / -slope) if slope < 0 else math.inf if b > 0.5 else 0.0
+        fits = {"log": (b + slope * np.log10(t), {"b": float(b), "a": -float(slope)}, half_life),
+                "power": best(power, 1e-4, 10),
+                "exponential": best(exponential, t.min() / 20, 1000 * t.max())}
+    bic = {kind: len(t) * math.log(max(float(((fit - r) ** 2).sum()), 1e-18) / len(t)) + 2 * math.log(len(t))
+           for kind, (fit, _, _) in fits.items()}
     kind = min(bic, key=bic.get)
-    return Forgetting(kind, fits[kind], half_life(kind, fits[kind]), bic)
-
-
-def half_life(kind: str, p: dict) -> float:
-    if kind == "log":
-        power = (p["b"] - 0.5) / p["a"] if p["a"] > 0 else math.inf
-        return 10 ** power if power < 300 else math.inf
-    if kind == "power":
-        return max(0.0, (2 * p["A"]) ** (1 / p["k"]) - 1) if p["A"] > 0 and p["k"] > 1e-3 else math.inf
-    if kind == "exponential":
-        return -p["tau"] * math.log((0.5 - p["B"]) / (1 - p["B"])) if p["B"] < 0.5 else math.inf
-    raise NotImplementedError(f"forgetting law {kind}")
-
-
-def falling(y: np.ndarray) -> np.ndarray:
-    """The non-increasing curve nearest to y (T,), by pooling adjacent violators."""
-    blocks = []
-    for value in y:
-        blocks.append([float(value), 1])
-        while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
-            (a, n), (b, m) = blocks[-2:]
-            blocks[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    return np.concatenate([[a] * n for a, n in blocks])
-
-
-def largest_rise(curves: np.ndarray):
-    """(rise, t1, t2) of each of curves (F, T): the largest y[t2] - y[t1] with t2 > t1."""
-    lowest = np.minimum.accumulate(curves, axis=1)
-    rises = curves[:, 1:] - lowest[:, :-1]
-    t2 = rises.argmax(axis=1) + 1
-    t1 = np.array([c[:j].argmin() for c, j in zip(curves, t2, strict=True)])
-    return rises.max(axis=1), t1, t2
+    return Forgetting(kind, fits[kind][1], max(0.0, float(fits[kind][2])), bic)
 
 
 def revival(treated, control, flips: int = 10_000, seed: int = 0) -> tuple[float, int, int, float]:
-    """(rise, t1, t2, p): the largest rise of the mean of treated - control, (n, T) each, without new exposure, and
-    how often noise alone rises as much. A maximum over pairs of points is positive for pure noise, so the null is a
-    mean that only falls: its isotonic fit, plus the pairs' residual curves with random signs (Freedman-Lane)."""
-    d = np.asarray(treated, dtype=float) - np.asarray(control, dtype=float)
-    (rise,), (t1,), (t2,) = largest_rise(d.mean(axis=0)[None])
-    down = falling(d.mean(axis=0))
-    signs = np.random.default_rng(seed).integers(0, 2, (flips, len(d))) * 2 - 1
-    noise = largest_rise(down + signs @ (d - d.mean(axis=0)) / len(d))[0]
-    return float(rise), int(t1), int(t2), float((1 + (noise >= rise * (1 - 1e-12)).sum()) / (1 + flips))
+    """(rise, t1, t2, p) of curves (n, T): the largest rise, from column t1 to a later t2, of the mean of
+    treated - control, in its units; and how often noise around a mean that never rises does as much. That
+    noise is the centred curves under random signs, widened for few pairs as t is wider than normal; p is at
+    least 2 / 2^n. To its rise from t1 to t2 the null adds the observed fall so far as it is beyond doubt: its
+    one-sided 95 % bound, cut off at 0 (moment selection, Andrews and Soares 2010). An isotonic fit instead
+    takes noise for falls and rejects 8 % at 5 %; no fall at all is blind to a rise after a steep one."""
+    d = np.subtract(treated, control, dtype=float)
+    n, T = d.shape
+    if n < 2 or T < 2:
+        raise ValueError(f"expected at least 2 pairs and 2 points, got {n} and {T}")
+    mean = d.mean(axis=0)
+    rises = mean - mean[:, None]  # (T, T): from row to column
+    covariance = np.cov(d.T) / n
+    variance = np.diag(covariance) + np.diag(covariance)[:, None] - 2 * covariance
+    falls = np.minimum(0.0, rises + stats.t.ppf(0.95, n - 1) * np.sqrt(np.maximum(variance, 0.0)))
+    t1, t2 = np.unravel_index(np.where(np.tri(T, dtype=bool), -np.inf, rises).argmax(), (T, T))
+    hits, least = 0, rises[t1, t2] - 1e-12 * abs(d).max()
+    wide = math.sqrt(n / (n - 1)) * stats.t.ppf(0.99, n - 1) / stats.norm.ppf(0.99)
+    for signs in random_signs(n, flips, seed, T):
+        noise = wide * (signs @ (d - mean)) / n  # (some, T)
+        found = [(noise[:, [j]] - noise[:, :j] + falls[:j, j]).max(axis=1) for j in range(1, T)]
+        hits += int((np.max(found, axis=0) >= least).sum())
+    return float(rises[t1, t2]), int(t1), int(t2), max(2.0 ** (1 - n), (1 + hits) / (1 + flips))

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import bench
+import memory_probe
 import prepare_data
 import quantize
 import recall_probe
@@ -248,8 +249,8 @@ def test_help_exits_with_0(capsys):
 
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_says_what_it_asks(path):
-    cfg = load(train.TrainConfig, [str(path)])
-    assert cfg.name == path.stem
+    cls = memory_probe.ProbeConfig if path.stem.startswith("probe_") else train.TrainConfig
+    assert load(cls, [str(path)]).name == path.stem
     head = path.read_text().splitlines()[:4]
     if path.stem.startswith(("exp", "mini")):
         assert [line.split()[1].rstrip(":") for line in head[:3]] == ["Question", "Changed", "Documents"]

@@ -32,8 +32,10 @@ def bpe():
 
 
 def words_tokenizer():
-    return tokenizer.open_tokenizer("words:400", [" ".join(f"{a}{b}" for a in ("ba", "ke", "lo", "mi", "tu", "ra")
-                                                           for b in "abcdefghijklmnopqrst") + " the of is sign word "
+    return tokenizer.open_tokenizer("words:400",
+                                    [" ".join(f"{a}{b}" for a in ("ba", "ke", "lo", "mi", "tu", "ra")
+                                                           for b in "abcdefghijklmnopqrst")
+                                                           + " the of is sign word "
                                                   "gift song It To given was that they say have who has"] * 2)
 
 
@@ -57,14 +59,18 @@ def test_pairs_differ_in_the_subject_alone_and_answers_are_balanced(bpe):
         assert [f.split for f in facts] == ["treated"] * n + ["control"] * n + ["spare"] * n
         names = [f.subject for f in facts]
         if world.level != "H4":
-            assert not set(names) & {f.subject for f in pool} and len(set(names)) == 3 * n / len({f.relation for f in facts})
+            assert not set(names) & {f.subject for f in pool}
+            assert len(set(names)) == 3 * n / len({f.relation for f in facts})
         for i in range(n):
             trio = facts[i::n]
-            assert len({(f.relation, f.answer, f.order, f.pair) for f in trio}) == 1 and len({f.subject for f in trio}) == 3
+            assert len({(f.relation, f.answer, f.order, f.pair) for f in trio}) == 1
+            assert len({f.subject for f in trio}) == 3
             for wording in (trio[0].order[0], len(STATEMENTS)):
                 a, b, c = world.sentences([(f, wording) for f in trio])
                 assert len(a) == len(b) == len(c)
-                assert sum(x != y for x, y in zip(a, b, strict=True)) <= len(world.encode(" " + trio[0].subject)) + 1
+                assert sum(x != y for x, y in zip(a, b,
+                                                  strict=True)) <= len(world.encode(" "
+                                                                                    + trio[0].subject)) + 1
         if world.level in ("H0", "H1", "H5"):  # guessing is right exactly once in |A|, in each third
             for k in range(3):
                 counts = Counter(f.answer for f in facts[k * n:(k + 1) * n])
@@ -86,13 +92,16 @@ def test_probes_ask_for_the_answer_at_a_token_boundary_without_telling_it(bpe):
                 whole = [i for i in range(len(p.prompt)) if p.prompt[i:i + len(p.target)] == p.target]
                 assert not whole or world.glue, "the answer stands in the prompt"  # bytes: it is a letter
             # a probe continues a training sentence: trained for mem, held out for para
-            sentences = {w: s for w, s in enumerate(world.sentences([(fact, w) for w in range(len(WORDINGS))]))}
+            sentences = {w: s for w, s in enumerate(world.sentences([(fact, w)
+                                                                     for w in range(len(WORDINGS))]))}
             for kind, places in (("mem", fact.order[:TRAINED]), ("para", fact.order[TRAINED:])):
                 whole = probes[kind].prompt + probes[kind].target
                 assert any(sentences[w][:len(whole)] == whole for w in places), kind
             if "old" in probes:
-                assert probes["old"].prompt == probes["mem"].prompt and probes["old"].target != probes["mem"].target
-            assert probes["foil"].target == probes["reverse"].target and probes["foil"].prompt != probes["reverse"].prompt
+                assert probes["old"].prompt == probes["mem"].prompt
+                assert probes["old"].target != probes["mem"].target
+            assert probes["foil"].target == probes["reverse"].target
+            assert probes["foil"].prompt != probes["reverse"].prompt
 
 
 def test_the_same_seed_gives_the_same_ids_everywhere():
@@ -159,7 +168,8 @@ def test_a_planted_subject_is_found(bpe):
                                                   world.encode(f"{facts[3].subject} was")))
     tokens[5000:5000 + len(inside)], tokens[-len(at_start):] = inside, at_start
     for chunk in (2**22, 997):
-        assert find_leaks(world, facts, tokens, chunk) == {facts[20].id: 5001, facts[3].id: 20000 - len(at_start)}
+        assert find_leaks(world, facts, tokens, chunk) == {facts[20].id: 5001,
+                                                           facts[3].id: 20000 - len(at_start)}
 
 
 def test_too_few_answers_and_names_say_what_to_do(bpe):

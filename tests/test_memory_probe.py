@@ -1,4 +1,4 @@
-"""memory_probe.py on a base of 150,000 parameters: signs of a right implementation, controls, exact resume."""
+"""memory_probe.py on a base of 150,000 parameters: signs of a right implementation, controls, resume."""
 import copy
 import shutil
 from dataclasses import asdict, replace
@@ -21,8 +21,10 @@ import numpy as np
 import pytest
 import torch
 
-SMALL = {"d_model": 48, "n_layers": 2, "n_heads": 2, "max_seq_len": 48, "batch_size": 16, "pool": 32, "pool_share": 0.5,
-         "level": "H0", "base_lr": 8e-3, "facts": 8, "spread": 16, "steps": 20, "lead": 3, "seeds": 2, "dtype": "fp32",
+SMALL = {"d_model": 48, "n_layers": 2, "n_heads": 2, "max_seq_len": 48, "batch_size": 16, "pool": 32,
+         "pool_share": 0.5,
+         "level": "H0", "base_lr": 8e-3, "facts": 8, "spread": 16, "steps": 20, "lead": 3, "seeds": 2,
+         "dtype": "fp32",
          "device": "cpu", "lr": 2e-3}
 
 
@@ -71,7 +73,8 @@ def test_the_effect_is_there_where_it_must_be_and_nowhere_else(place, retention)
 def test_a_higher_rate_and_more_exposures_leave_more(place):
     found = {}
     for options in ({"lr": 5e-4}, {"lr": 2e-3}):
-        cfg = config(place, name=f"rate{options['lr']}", seeds=1, steps=2, chaos_seeds=0, experiment="frequency",
+        cfg = config(place, name=f"rate{options['lr']}", seeds=1, steps=2, chaos_seeds=0,
+                     experiment="frequency",
                      spread=32, **options)
         found[options["lr"]] = {g: next(iter(e["kinds"]["mem"]["at"].values()))["mean"]
                                 for g, e in main(cfg)["result"]["arms"][0]["groups"].items()}
@@ -85,8 +88,10 @@ def one_step_plan(cfg):
 
 def test_plain_sgd_jumps_exactly_one_step_after_the_exposure(place, monkeypatch):
     monkeypatch.setattr(memory_probe, "schedule", one_step_plan)
-    monkeypatch.setattr(memory_probe, "probe_steps", lambda cfg, plan: {s: False for s in range(cfg.lead + 6)})
-    cfg = config(place, name="sgd", optimizer="sgd", beta1=0.0, lr=0.02, grad_clip=0.0, seeds=1, chaos_seeds=0)
+    monkeypatch.setattr(memory_probe, "probe_steps", lambda cfg,
+                        plan: {s: False for s in range(cfg.lead + 6)})
+    cfg = config(place, name="sgd", optimizer="sgd", beta1=0.0, lr=0.02, grad_clip=0.0, seeds=1,
+                 chaos_seeds=0)
     main(cfg)
     steps, effects = effects_of(place, cfg)
     curve = effects[1].mean(axis=0)
@@ -209,7 +214,8 @@ def test_a_name_in_the_text_is_named_and_avoided(place, tmp_path, capsys):
     cfg = config(place)
     planted = make_pairs(world, len(schedule(cfg)[0]), 1, make_facts(world, "pool", 32, 1))[50]
     assert planted.split == "control"
-    said = np.array(text.tok.encode(f" The sign of {planted.subject} is{planted.answer}."), dtype=text.train.dtype)
+    said = np.array(text.tok.encode(f" The sign of {planted.subject} is{planted.answer}."),
+                    dtype=text.train.dtype)
     leaky = text._replace(train=np.concatenate((text.train[:1000], said, text.train[1000:])))
     facts = memory_probe.facts_of(cfg, 1, world, leaky)[1]
     out = capsys.readouterr().out
@@ -220,7 +226,8 @@ def test_a_name_in_the_text_is_named_and_avoided(place, tmp_path, capsys):
 @pytest.mark.parametrize("method, options", [("replay", {"replay_share": 0.0}), ("ewc", {"ewc_lambda": 0.0})])
 def test_a_method_of_strength_zero_is_the_baseline(place, method, options):
     common = {"experiment": "continual", "cohorts": 2, "spread": 8, "steps": 3, "seeds": 1, "chaos_seeds": 0}
-    results = [main(config(place, name=f"strength_{method}_{m}", **common, method=m, **options))["result"]["arms"][0]
+    results = [main(config(place, name=f"strength_{method}_{m}", **common, method=m,
+                           **options))["result"]["arms"][0]
                for m in ("none", method)]
     assert results[0]["groups"] == results[1]["groups"]
 
@@ -237,8 +244,8 @@ def test_rows_leaves_everything_else_alone(place, retention):
         restore()
         optimizer.zero_grad()
     for (name, p), q in zip(model.named_parameters(), saved.parameters(), strict=True):
-        changed_rows = (p != q).flatten(1).any(dim=1).nonzero().flatten().tolist() if p.dim() > 1 else (p != q).nonzero()
-        assert list(changed_rows) == ([3, 5, 8] if name == "embed.weight" else []), name
+        moved = (p != q).view(len(p), -1).any(dim=1).nonzero().flatten().tolist()
+        assert moved == ([3, 5, 8] if name == "embed.weight" else []), name
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,13 +267,16 @@ def planted(cfg, effect: float, seeds: int, rng) -> list[dict]:
                 logp[own] += gain * (step >= cfg.lead + length)
                 hit = np.zeros(level.shape, dtype=int)
                 hit[own] = (gain > 3) * (step >= cfg.lead + length)
-                rows += [{"part": [0, seed, twin], "step": step, "kind": kind, "logp": logp.flatten().tolist(),
-                          "hit": hit.flatten().tolist(), "unseen_confidence": 0.1} for kind in ("mem", "para")]
+                rows += [{"part": [0, seed, twin], "step": step, "kind": kind,
+                          "logp": logp.flatten().tolist(),
+                          "hit": hit.flatten().tolist(), "unseen_confidence": 0.1}
+                          for kind in ("mem", "para")]
     return rows
 
 
 def facts_for(cfg):
-    return [{"arm": 0, "split": "treated", "group": g, "answer": str(i % 16)} for i, g in enumerate(schedule(cfg)[0])]
+    return [{"arm": 0, "split": "treated", "group": g, "answer": str(i % 16)} for i,
+            g in enumerate(schedule(cfg)[0])]
 
 
 def verdicts(cfg, effect, rng, seeds=6):
@@ -278,7 +288,8 @@ def verdicts(cfg, effect, rng, seeds=6):
 def test_a_planted_effect_is_found_at_its_size_and_its_absence_too():
     cfg, rng = ProbeConfig(facts=32, steps=20, bound=0.2), np.random.default_rng(1)
     found = verdicts(cfg, 0.5, rng)["0"]
-    assert found["verdict"] == "signal" and found["low"] < 0.5 < found["high"] and abs(found["mean"] - 0.5) < 0.1
+    assert found["verdict"] == "signal" and found["low"] < 0.5 < found["high"] and abs(found["mean"]
+                                                                                       - 0.5) < 0.1
     wrong, none, detected = 0, 0, 0
     for _ in range(20):
         for e in verdicts(cfg, 0.0, rng).values():
@@ -304,7 +315,9 @@ def test_every_experiment_writes_what_it_says():
                 count[pair] += 1
         for g in set(groups):
             of = {int(count[i]) for i, x in enumerate(groups) if x == g}
-            want = {"zero": 0, "once": 1, "heavy": min(16, length)}.get(g, int(g[1:]) if g[0] == "x" else cfg.exposures)
+            want = {"zero": 0, "once": 1, "heavy": min(16, length)}.get(g,
+                                                                        int(g[1:]) if g[0] == "x"
+                                                                        else cfg.exposures)
             assert of == {want}, (experiment, g)
         assert max(due) < length and min(due) >= 0
     last = {}
@@ -312,7 +325,7 @@ def test_every_experiment_writes_what_it_says():
     for step, said in due.items():
         for pair, _ in said:
             last.setdefault(groups[pair], {})[pair] = step
-    assert len({tuple(sorted(v.values())) for g, v in last.items() if g != "heavy"}) == 1  # matched last exposures
+    assert len({tuple(sorted(v.values())) for g, v in last.items() if g != "heavy"}) == 1  # matched
 
 
 def test_fresh_state_and_beta2_by_tokens(place):
@@ -321,3 +334,20 @@ def test_fresh_state_and_beta2_by_tokens(place):
     assert memory_probe.carries(cfg) and not memory_probe.carries(replace(cfg, state="fresh"))
     assert not memory_probe.carries(replace(cfg, optimizer="sgd"))
     assert asdict(base_module.base_config(cfg))["beta2"] == 0.95
+
+
+def test_the_artefacts_appear_and_vanish(place):
+    cfg = config(place, name="lab", experiment="artefacts", seeds=1)
+    row = main(cfg)
+    found = {name: rows[0] for name, rows in row["result"]["artefacts"].items()}
+    assert found["state_cosines"]["artefact"] > 0.9 > found["state_cosines"]["clean"] + 0.1
+    assert found["unmasked_padding"]["artefact"] < found["unmasked_padding"]["clean"]
+    assert found["overlapping_windows"]["artefact"] < found["overlapping_windows"]["clean"]
+    assert found["last_token"]["artefact"] > found["last_token"]["clean"]
+    assert found["fresh_adam"]["curves"]["new optimiser: step RMS"][0] > 2e-3 / 2  # about the rate, at its first step
+    folder = Path(cfg.out_dir, cfg.name)
+    summary, rows = (folder / "summary.json").read_text(), (folder / "probes.jsonl").read_text()
+    (folder / "probes.jsonl").write_text("".join(rows.splitlines(keepends=True)[:2]) + '{"part": [0, 1')  # killed
+    assert main(cfg)["result"] == row["result"] and (folder / "summary.json").read_text() == summary
+    with pytest.raises(UserError, match="lr: 0.002 -> 0.5"):
+        main(replace(cfg, lr=0.5))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import bench
+import memory_probe
 import prepare_data
 import quantize
 import recall_probe
@@ -21,7 +22,8 @@ import pytest
 SCRIPTS = {module.__name__ + ".py": (module.main, cls) for module, cls in (
     (train, train.TrainConfig), (sample, sample.SampleConfig), (bench, bench.BenchConfig),
     (prepare_data, prepare_data.PrepareConfig), (sweep, sweep.SweepConfig),
-    (quantize, quantize.QuantizeConfig), (recall_probe, recall_probe.RecallConfig))}
+    (quantize, quantize.QuantizeConfig), (recall_probe, recall_probe.RecallConfig),
+    (memory_probe, memory_probe.ProbeConfig))}
 CONFIGS = sorted(str(p) for p in Path("config").glob("*.py"))
 README = Path("README.md").read_text()
 
@@ -70,6 +72,8 @@ SMALLER = {  # flags that make them cheap; the last one given counts
     "train.py": ["--batch_size=2", "--max_seq_len=16", "--epochs=0", "--max_steps=2", "--device=cpu"],
     "sample.py": ["--max_new_tokens=3", "--device=cpu"], "quantize.py": ["--speed_tokens=0", "--device=cpu"],
     "sweep.py": ["--dry_run"], "bench.py": ["--shapes=tiny", "--rounds=1", "--steps=1", "--device=cpu"],
+    "memory_probe.py": ["--level=H0", "--pool=8", "--gate=0", "--facts=8", "--seeds=1", "--spread=8",
+                        "--steps=2", "--d_model=16", "--n_layers=1", "--n_heads=1", "--batch_size=64", "--device=cpu"],
     "recall_probe.py": ["--steps=2", "--eval_sequences=2", "--batch_size=4", "--device=cpu"]}
 ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign")  # have tests of their own
 
