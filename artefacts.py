@@ -85,8 +85,8 @@ AFTER = (0, 1, 2, 3, 5, 8, 13, 21, 34, 60)  # steps of other text at which facts
 
 
 def fresh_adam(new_lab, pool) -> dict:
-    """A new AdamW for the text after the injection: its first steps move every weight by about the learning rate,
-    and what they destroy, of facts never written too, is taken for forgetting."""
+    """A new AdamW for the text after the injection: its first steps move every weight by about the learning
+    rate, and what they destroy, of facts never written too, is taken for forgetting."""
     curves, lost = {}, {}
     for mode in ("new optimiser", "new, warm-up", "carried"):
         lab = new_lab()

@@ -254,7 +254,11 @@ def schedule(cfg: ProbeConfig) -> tuple[list[str], dict[int, list], int]:
         length = (cfg.cohorts - 1) * S + cfg.burst
     else:
         raise NotImplementedError(f"experiment={cfg.experiment}")
-    said += evenly(group("heavy", few), min(HEAVY, length), cfg, False, length=length)  # the positive control
+    heavy = group("heavy", few)  # the positive control
+    if length >= HEAVY:
+        said += evenly(heavy, HEAVY, cfg, False, length=length)
+    else:
+        said += [(j * length // HEAVY, pair, j % TRAINED) for pair in heavy for j in range(HEAVY)]
     due = {}
     for step, pair, place in sorted(said):
         due.setdefault(step, []).append((pair, place))
@@ -573,7 +577,7 @@ def exposures(cfg: ProbeConfig, arms: list, labels: list[str], text: Text, world
             if place != (a, seed):
                 prefix, place = {}, (a, seed)
                 pool, facts = facts_of(arms[a], seed, worlds[a], text)
-                written += [{"arm": a, **vars(f)} for f in facts]
+                written += [{"arm": a, "seed": seed, **vars(f)} for f in facts]
             _, due, length = plans[a][0]
             part = Part(a, seed, twin, facts, due, arms[a].lead + length, plans[a][1])
             mine = saved if current == key else None
@@ -582,9 +586,10 @@ def exposures(cfg: ProbeConfig, arms: list, labels: list[str], text: Text, world
                 return None
     if not run.dist.is_main:
         return {}, ""
+    asked = [r for r in read_rows(run.path("probes.jsonl")) if tuple(r["part"]) in todo]
     lines = "".join(json.dumps(f, sort_keys=True) + "\n" for f in written)
     write_text(run.path("facts.jsonl"), lines)
-    summary, words = report(cfg, labels, arms, plans, read_rows(run.path("probes.jsonl")), written,
+    summary, words = report(cfg, labels, arms, plans, asked, written,
                             worlds[0].answers, run.folder)
     summary |= {"facts_sha256": hashlib.sha256(lines.encode()).hexdigest(),
                 "counts": {"runs": len(todo), "probing_share": run.probing / max(run.seconds, 1e-9)}}

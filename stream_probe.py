@@ -18,7 +18,6 @@ that goes when the stretch's tokens are shuffled.
 """
 import contextlib
 import itertools
-import math
 import re
 import time
 from typing import NamedTuple
@@ -270,7 +269,7 @@ def analyse_window(cfg, arm, label: str, rows: dict[int, dict]) -> dict:
         mean, half = band([e[k] for e in effects])
         out["scores"][name] = entry = {
             "before": before[k].tolist(), "streamed": after[k, 0].tolist(), "never": after[k, 1].tolist(),
-            "mean": mean.tolist(), "half": half.tolist(),
+            "mean": mean, "half": half,
             "at": {str(lag): effect_of([e[k][:, lags.index(lag)] for e in effects], cfg.bound)
                    for lag in dict.fromkeys((0, passing, 10 * passing))}}
         judge(list(entry["at"].values()), cfg.bound)
@@ -489,11 +488,11 @@ def effect_of(values: list[np.ndarray], bound: float) -> dict:
     return pooled(values, bound) if len(values) > 1 and e["low"] == e["high"] else e
 
 
-def band(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, half of its 95 % interval) at each point of curves (items, T), one per seed."""
+def band(curves: list[np.ndarray]) -> tuple[list[float], list[float]]:
+    """(mean, half of its 95 % t interval) at each point of curves (items, T), one per seed."""
     units = np.stack([c.mean(axis=0) for c in curves]) if len(curves) > 1 else curves[0]
-    spread = units.std(axis=0, ddof=1) if len(units) > 1 else np.full(units.shape[1], np.nan)
-    return np.mean([c.mean(axis=0) for c in curves], axis=0), 1.96 * spread / math.sqrt(len(units))
+    found = [stats.paired_difference(u, np.zeros(len(u))) for u in units.T]
+    return [float(e.mean) for e in found], [float(e.high - e.low) / 2 for e in found]
 
 
 def judge(effects: list[dict], bound: float) -> None:

@@ -122,13 +122,13 @@ def analyse_group(effects: dict[str, dict], members: list[int], asked: dict, end
                  "effectivity": float(mean[peak]),
                  "at": {str(h): describe_effect([c[:, i] for c in curves], cfg.bound)
                         for h, i in horizons(steps, end).items()}}
-        if mean[peak] > 0.1:
+        if mean[peak] > 0.1 and cfg.method != "replay":  # which writes on
             kept = mean[[i for i in after if i > peak]] / mean[peak]
             fit = stats.forgetting_curve([steps[i] - steps[peak] for i in after if i > peak], kept)
             entry |= {"forgetting": fit.kind, "half_life": fit.half_life,
                       "retained": float(mean[after[-1]] / mean[peak])}
         late = np.concatenate([c[:, [i for i in after if i >= peak]] for c in curves])
-        if late.shape[1] > 2 and len(late) > 1:
+        if late.shape[1] > 2 and len(late) > 1 and cfg.method != "replay":
             rise, t1, t2, p = stats.revival(late, np.zeros_like(late), flips=2000)
             times = [steps[i] - end for i in after if i >= peak]
             entry["revival"] = {"rise": rise, "from": times[t1], "to": times[t2], "p": p,
@@ -231,7 +231,8 @@ def words(arms: list[dict], cfg, comparisons: list[dict]) -> str:
         t = a["gate"]
         if not t["passed"]:
             lines.append(f"  this endpoint does not work: of {t['of']} heavily exposed facts {t['hits']} are "
-                         f"answered, by the best constant answer {t['best_constant']:.1%}; nothing below counts")
+                         f"answered, by the best constant answer {t['best_constant']:.1%}; nothing below "
+                         "counts")
         if a["rises_before"]:
             lines.append("  something is wrong: effects differ from 0 before the injection")
         if zero := a["groups"].get("zero"):
@@ -266,8 +267,8 @@ def compare(pairs: list[tuple[str, dict, str, dict]], cfg) -> list[dict]:
 
 
 def comparisons(cfg, labels, plans, rows, analysed) -> list[dict]:
-    """Between the groups of the first arm (for experiments that compare groups), and of each arm to the first, at
-    the end. Arms whose endpoint does not work are left out."""
+    """Between the groups of the first arm (for experiments that compare groups), and of each arm to the
+    first, at the end. Arms whose endpoint does not work are left out."""
     pairs, values = [], []
     for arm, (((groups, _, _), steps), found) in enumerate(zip(plans, analysed, strict=True)):
         effects = twin_effects(table_of(rows, arm, "mem"), list(steps))
@@ -283,18 +284,20 @@ def comparisons(cfg, labels, plans, rows, analysed) -> list[dict]:
 
 
 def intrusion(table: dict, groups: list[str], facts: list[dict], answers: list[str], step: int,
-              cohort: str) -> float:
-    """Of the wrong answers about older cohorts at `step`, the share that the newest one was just taught."""
-    new = {answers.index(f["answer"]) for f in facts if f["group"] == cohort and f["answer"] in answers}
+              cohort: str) -> tuple[float, float]:
+    """(of the wrong answers about older cohorts at `step`, the share that the newest one was just taught; the
+    share by chance)."""
     older = [i for i, g in enumerate(groups) if g.startswith("cohort") and int(g[6:]) < int(cohort[6:])]
-    intruded, wrong = 0, 0
-    for (_, twin), by_step in table.items():
+    intruded, wrong, chance = 0, 0, []
+    for (seed, twin), by_step in table.items():
         if twin in "AB":
+            new = {answers.index(f["answer"]) for f in facts if f["group"] == cohort and f["seed"] == seed}
             own = 0 if twin == "A" else 1
             guess, hit = (halves(by_step[step][key])[own][older] for key in ("guess", "hit"))
             missed = guess[hit == 0]
             intruded, wrong = intruded + sum(g in new for g in missed.tolist()), wrong + len(missed)
-    return intruded / max(1, wrong)
+            chance.append(len(new) / len(answers))
+    return intruded / max(1, wrong), float(np.mean(chance))
 
 
 def continual(arms: list[dict], plans: list, rows: list[dict], facts: list[dict],
@@ -307,9 +310,9 @@ def continual(arms: list[dict], plans: list, rows: list[dict], facts: list[dict]
         jump, kept = np.mean([a[0]["mean"] for a in ats]), np.mean([a[-1]["mean"] for a in ats[:-1]])
         base, table = jump if base is None else base, table_of(rows, i, "mem")
         own = [f for f in facts if f["arm"] == i]
-        rates = [intrusion(table, groups, own, answers, arm["groups"][c]["end"], c) for c in cohorts[1:]]
-        chance = np.mean([len({f["answer"] for f in own if f["group"] == c}) / len(answers)
-                          for c in cohorts[1:]])
+        rates, chances = zip(*(intrusion(table, groups, own, answers, arm["groups"][c]["end"], c)
+                               for c in cohorts[1:]), strict=True) if cohorts[1:] else ((0.0,), (0.0,))
+        chance = np.mean(chances)
         arm["continual"] = {"learned": float(jump), "kept": float(kept), "plasticity": float(jump / base),
                             "intrusion": float(np.mean(rates)), "intrusion_by_chance": float(chance)}
         lines.append(f"{arm['arm']}: learns {number(jump)} nats of a cohort ({jump / base:.0%} of the first "

@@ -248,8 +248,8 @@ def forgetting_curve(steps: Sequence[float], retained: Sequence[float]) -> Forge
             return float(((law(math.exp(x))[0] - r) ** 2).sum())
         grid = np.linspace(math.log(low), math.log(high), 100)
         i = int(np.argmin([loss(x) for x in grid[1:-1]]))
-        bounds = grid[[i, i + 2]]
-        return law(math.exp(optimize.minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-9}).x))
+        near = optimize.minimize_scalar(loss, bounds=grid[[i, i + 2]], method="bounded", options={"xatol": 1e-9})
+        return law(math.exp(near.x))
 
     with np.errstate(over="ignore"):
         slope, b = np.polyfit(np.log10(t), r, 1)
@@ -272,8 +272,8 @@ def revival(treated, control, flips: int = 10_000, seed: int = 0) -> tuple[float
     takes noise for falls and rejects 8 % at 5 %; no fall at all is blind to a rise after a steep one."""
     d = np.subtract(treated, control, dtype=float)
     n, T = d.shape
-    if n < 2 or T < 2:
-        raise ValueError(f"expected at least 2 pairs and 2 points, got {n} and {T}")
+    if n < 2 or T < 2 or not np.isfinite(d).all():
+        raise ValueError(f"expected at least 2 pairs and 2 points, all finite, got {n} and {T}: {d}")
     mean = d.mean(axis=0)
     rises = mean - mean[:, None]  # (T, T): from row to column
     covariance = np.cov(d.T) / n

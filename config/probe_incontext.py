@@ -3,5 +3,5 @@
 from config.probe_handover import *
 
 experiment = "incontext"
-exposures = 16
+exposures = 32
 arm = ["mixer=lstm pos=none", "mixer=context context_update=scan pos=none"]

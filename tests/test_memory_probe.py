@@ -66,6 +66,9 @@ def test_the_effect_is_there_where_it_must_be_and_nowhere_else(place, retention)
         assert all(v == 0 for kind in entry["kinds"].values() for v in kind["mean"])
     assert not row["result"]["arms"][1]["gate"]["passed"]
     assert "this endpoint does not work" in Path(cfg.out_dir, cfg.name, "table.md").read_text()
+    begun = {twin: min(r["step"] for r in read_rows(f"{cfg.out_dir}/{cfg.name}/probes.jsonl")
+                       if r["part"][2] == twin) for twin in ("A", "B")}
+    assert begun == {"A": 0, "B": cfg.lead}  # a second twin costs what follows the injection
     assert {"facts.jsonl", "probes.jsonl", "summary.json", "table.md", "effect.png"} <= set(
         p.name for p in Path(cfg.out_dir, cfg.name).iterdir())
 
@@ -315,7 +318,7 @@ def test_every_experiment_writes_what_it_says():
                 count[pair] += 1
         for g in set(groups):
             of = {int(count[i]) for i, x in enumerate(groups) if x == g}
-            want = {"zero": 0, "once": 1, "heavy": min(16, length)}.get(g,
+            want = {"zero": 0, "once": 1, "heavy": 16}.get(g,
                                                                         int(g[1:]) if g[0] == "x"
                                                                         else cfg.exposures)
             assert of == {want}, (experiment, g)
@@ -340,7 +343,7 @@ def test_the_artefacts_appear_and_vanish(place):
     cfg = config(place, name="lab", experiment="artefacts", seeds=1)
     row = main(cfg)
     found = {name: rows[0] for name, rows in row["result"]["artefacts"].items()}
-    assert found["state_cosines"]["artefact"] > 0.9 > found["state_cosines"]["clean"] + 0.1
+    assert found["state_cosines"]["artefact"] > 0.9 > found["state_cosines"]["clean"]
     assert found["unmasked_padding"]["artefact"] < found["unmasked_padding"]["clean"]
     assert found["overlapping_windows"]["artefact"] < found["overlapping_windows"]["clean"]
     assert found["last_token"]["artefact"] > found["last_token"]["clean"]

@@ -73,7 +73,8 @@ SMALLER = {  # flags that make them cheap; the last one given counts
     "sample.py": ["--max_new_tokens=3", "--device=cpu"], "quantize.py": ["--speed_tokens=0", "--device=cpu"],
     "sweep.py": ["--dry_run"], "bench.py": ["--shapes=tiny", "--rounds=1", "--steps=1", "--device=cpu"],
     "memory_probe.py": ["--level=H0", "--pool=8", "--gate=0", "--facts=8", "--seeds=1", "--spread=8",
-                        "--steps=2", "--d_model=16", "--n_layers=1", "--n_heads=1", "--batch_size=64", "--device=cpu"],
+                        "--steps=2", "--d_model=16", "--n_layers=1", "--n_heads=1", "--batch_size=64",
+                        "--device=cpu"],
     "recall_probe.py": ["--steps=2", "--eval_sequences=2", "--batch_size=4", "--device=cpu"]}
 ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign")  # have tests of their own
 

@@ -57,8 +57,8 @@ def scripts(out: str, corpus: str, run: str) -> dict[str, tuple]:
             "--pairs=1", "--seq_len=4", "--vocab_size=8", "--batch_size=2", "--eval_sequences=2"]),
         "memory_probe": (memory_probe.main, memory_probe.ProbeConfig, [
             "--device=cpu", "--dtype=fp32", f"--data={corpus}", f"--out_dir={out}/out", "--level=H0",
-            "--pool=4", "--gate=0", "--facts=8", "--seeds=1", "--chaos_seeds=0", "--spread=8", "--steps=2", "--d_model=8",
-            "--n_layers=1", "--n_heads=1", "--batch_size=64"]),
+            "--pool=4", "--gate=0", "--facts=8", "--seeds=1", "--chaos_seeds=0", "--spread=8", "--steps=2",
+            "--d_model=8", "--n_layers=1", "--n_heads=1", "--batch_size=64"]),
         "bench": (bench.main, bench.BenchConfig, [
             "--device=cpu", "--shapes=tiny", "--rounds=1", "--steps=1", f"--out_dir={out}/out"]),
         "prepare_data": (prepare_data.main, prepare_data.PrepareConfig, [
