@@ -300,7 +300,7 @@ def words_of_handover(arm, a: dict) -> list[str]:
                   f"{need['mean'][0]:.2f} -> {need['mean'][-1]:.2f} +- {need['half'][-1]:.2f} (never "
                   f"trained: {never['mean'][-1]:.2f})",
                   f"    contradicted, log p of weights - prompt: {margin[0]:+.2f} -> {margin[-1]:+.2f} "
-                  f"nats, the {'weights win' if margin[-1] > 0 else 'prompt wins'}; beyond never-trained facts "
+                  f"nats, the {'weights win' if margin[-1] > 0 else 'prompt wins'}; beyond untrained facts "
                   f"{said(m['won'])}"]
     for m in a["matched"]:
         lines.append(f"  kl - ce at {m['fraction']:.0%} of the gain that both reach (after "

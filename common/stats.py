@@ -248,7 +248,8 @@ def forgetting_curve(steps: Sequence[float], retained: Sequence[float]) -> Forge
             return float(((law(math.exp(x))[0] - r) ** 2).sum())
         grid = np.linspace(math.log(low), math.log(high), 100)
         i = int(np.argmin([loss(x) for x in grid[1:-1]]))
-        near = optimize.minimize_scalar(loss, bounds=grid[[i, i + 2]], method="bounded", options={"xatol": 1e-9})
+        near = optimize.minimize_scalar(loss, bounds=grid[[i, i + 2]], method="bounded",
+                                        options={"xatol": 1e-9})
         return law(math.exp(near.x))
 
     with np.errstate(over="ignore"):
