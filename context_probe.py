@@ -241,7 +241,7 @@ def analyse_mode(cfg, arm, rows: list[dict]) -> dict:
                   "needed": needed(hits["true"][:, side], hits["none"][:, side], goals)[:, None],
                   "margin": [margins(r)[side] for r in rows]}  # (items, times) of each seed
         bands = {name: band(list(found)) for name, found in curves.items()}
-        out[who] = {name: {"mean": mean.tolist(), "half": half.tolist()}
+        out[who] = {name: {"mean": mean, "half": half}
                     for name, (mean, half) in bands.items()}
     return out
 

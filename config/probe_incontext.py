@@ -4,4 +4,5 @@ from config.probe_handover import *
 
 experiment = "incontext"
 exposures = 32
-arm = ["mixer=lstm pos=none", "mixer=context context_update=scan pos=none"]
+base_steps = 1200
+arm = ["window=32", "mixer=lstm pos=none", "mixer=context context_update=scan pos=none"]
