@@ -4,7 +4,8 @@
 
 A model that has not learned what facts look like learns that first, and a probe would measure it (the
 plateau of Zucchet 2025, 2503.21676). So training ends at the gate, not after a number of steps: when the
-base answers a share `gate` of its pool in the trained, the held-out and the question wording. The pool's
+base answers a share `gate` of its pool in the trained, the held-out and the question wording (and with
+context_share as many questions about facts that only its context states). The pool's
 rows are packed full of sentences; with one sentence a row the plateau lasts for thousands of steps.
 """
 import copy
@@ -267,13 +268,11 @@ def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist:
         run.save("last.pt", model, optimizer, scaler, step=step, recall=recall, recalls=recalls)
         if recall < cfg.gate:
             found = ", ".join(f"{kind} {value:.2f}" for kind, value in recalls.items())
-            raise BelowGate(f"the base in {run.folder} answers {recall:.0%} of its pool after {step:,} "
-                            "steps, not "
-                            f"{cfg.gate:.0%} ({found}): this endpoint does not work, and no verdict would "
-                            "mean anything\n"
-                            "try a larger --pool_share, a smaller --pool or --level, a higher --base_lr, or "
-                            "more "
-                            "--base_steps")
+            share = "--context_share or --pool_share" if cfg.context_rows else "--pool_share"
+            raise BelowGate(f"after {step:,} steps the base in {run.folder} answers {recall:.0%} in one of its "
+                            f"wordings, not {cfg.gate:.0%} ({found}): this endpoint does not work, and no "
+                            f"verdict would mean anything\ntry a larger {share}, a smaller --pool or --level, a "
+                            "higher --base_lr, or more --base_steps")
         if dist.is_main:
             say(f"base {run.folder}: {model.count_parameters()['total']:,} parameters, answers {recall:.1%} "
                 "of "
