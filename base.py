@@ -269,9 +269,11 @@ def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist:
         if recall < cfg.gate:
             found = ", ".join(f"{kind} {value:.2f}" for kind, value in recalls.items())
             share = "--context_share or --pool_share" if cfg.context_rows else "--pool_share"
-            raise BelowGate(f"after {step:,} steps the base in {run.folder} answers {recall:.0%} in one of its "
+            raise BelowGate(f"after {step:,} steps the base in {run.folder} answers {recall:.0%} in one of "
+                            "its "
                             f"wordings, not {cfg.gate:.0%} ({found}): this endpoint does not work, and no "
-                            f"verdict would mean anything\ntry a larger {share}, a smaller --pool or --level, a "
+                            f"verdict would mean anything\ntry a larger {share}, a smaller --pool or "
+                            "--level, a "
                             "higher --base_lr, or more --base_steps")
         if dist.is_main:
             say(f"base {run.folder}: {model.count_parameters()['total']:,} parameters, answers {recall:.1%} "

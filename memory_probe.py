@@ -191,7 +191,7 @@ def changed(cfg, text: str):
             problems.append(str(e))
     if problems:
         raise ConfigError(problems)
-    return replace(cfg, **values)
+    return replace(cfg, **values, arm=())  # arms need not fit each other
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from context_probe import (
     needed,
     statement,
 )
-from memory_probe import ProbeConfig, main
+from memory_probe import ProbeConfig, changed, main
 from model import LM
 from tests.conftest import prepare
 
@@ -263,6 +263,11 @@ def test_a_run_that_lost_parts_resumes_to_the_same_summary(place, experiment, mo
     monkeypatch.undo()
     main(replace(cfg, name=cut.name))
     assert (cut / "summary.json").read_text() == summary and (cut / "probes.jsonl").read_text() == rows
+
+
+def test_arms_need_not_fit_each_other(place):
+    cfg = replace(place.cfg, arm=("window=8", "mixer=lstm pos=none"))
+    assert changed(cfg, cfg.arm[1]).mixer == "lstm" and changed(cfg, cfg.arm[0]).window == 8
 
 
 def test_an_arm_below_its_gate_has_no_verdict_and_others_go_on(place):
