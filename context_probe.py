@@ -288,6 +288,8 @@ def words_of_handover(arm, a: dict) -> list[str]:
     for mode, m in a["modes"].items():
         (none, never_none), (true, never_true) = m["accuracy"]["none"], m["accuracy"]["true"]
         need, never, margin = m["treated"]["needed"], m["controls"]["needed"], m["treated"]["margin"]["mean"]
+        clear = abs(margin[-1]) > m["treated"]["margin"]["half"][-1]
+        winner = "neither wins" if not clear else "the weights win" if margin[-1] > 0 else "the prompt wins"
         if not (r := m["reads"])["passed"]:
             lines.append(f"  {NOT_READ}: with the statement before the question {r['hits']} of {r['of']} "
                          f"answers are right, and a constant answer in {r['best_constant']:.1%}")
@@ -300,8 +302,7 @@ def words_of_handover(arm, a: dict) -> list[str]:
                   f"{need['mean'][0]:.2f} -> {need['mean'][-1]:.2f} +- {need['half'][-1]:.2f} (never "
                   f"trained: {never['mean'][-1]:.2f})",
                   f"    contradicted, log p of weights - prompt: {margin[0]:+.2f} -> {margin[-1]:+.2f} "
-                  f"nats, the {'weights win' if margin[-1] > 0 else 'prompt wins'}; beyond untrained facts "
-                  f"{said(m['won'])}"]
+                  f"nats, {winner}; beyond never-trained facts {said(m['won'])}"]
     for m in a["matched"]:
         lines.append(f"  kl - ce at {m['fraction']:.0%} of the gain that both reach (after "
                      f"{m['steps'][0]:.1f} and {m['steps'][1]:.1f} steps; loss on text "

@@ -3,6 +3,6 @@
 from config.probe_handover import *
 
 experiment = "incontext"
-exposures = 32
-base_steps = 1200
+seeds = 4
+exposures = 64
 arm = ["window=32", "mixer=lstm pos=none", "mixer=context context_update=scan pos=none"]
