@@ -1,13 +1,10 @@
 """What does one exposure leave behind, how long does it last, does it come back: signal or noise.
 
-    python memory_probe.py                                    # retention, on a base it trains first: 10
-    minutes
+    python memory_probe.py                                    # retention, on a base it trains first
     python memory_probe.py --show_facts=10                    # some facts, their controls and probes
-    python memory_probe.py --power                            # what these facts and seeds can detect, how
-    long
-    python memory_probe.py config/probe_spacing.py --seeds=6  # also: frequency, dilution, mixed, continual,
-    ...
-    python memory_probe.py --arm=optimizer=muon --arm="optimizer=sgd lr=0.3"     # each arm against the first
+    python memory_probe.py --power                            # what this design can detect, how long it takes
+    python memory_probe.py config/probe_spacing.py --seeds=6  # also: frequency, dilution, mixed, continual
+    python memory_probe.py --arm=optimizer=muon --arm="optimizer=sgd lr=0.003"  # each arm against the first
     python memory_probe.py --base=out/demo --pool=0           # on a checkpoint, as it is
 
 How it measures. A small base learns a pool of facts until it answers them in every wording. Then unknown
@@ -18,7 +15,9 @@ facts, and B minus A on the controls: what a fact gained from its own exposures,
 over the answer's tokens). A third twin, A with one background row changed, gives the chaos floor. Seeds draw
 new names and answers, and are the unit of every claim.
 
-out/NAME/ gets facts.jsonl, probes.jsonl, summary.json and figures; the same command resumes, to the bit.
+window, trace (probes/stream.py), handover, incontext (probes/context.py) and artefacts (probes/artefacts.py)
+have loops of their own. out/NAME/ gets facts.jsonl, probes.jsonl, summary.json, table.md and effect.png; the
+same command resumes, to the bit.
 """
 import copy
 import hashlib
@@ -27,13 +26,23 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import context_probe
-import stream_probe
-from artefacts import ARTEFACTS, artefacts
-from base import (
+from common import fit, probing, stats
+from common.config import ConfigError, UserError, launch, option_types, parse
+from common.console import StepBar, resume_command, say
+from common.data import Text, Windows, open_text
+from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
+from common.facts import TRAINED, WORDINGS, Fact, World, make_pairs, new_pairs, pack, shuffled
+from common.files import append_row, read_json, read_rows, write_json, write_text
+from common.run import Run, digest, finite
+from common.step import backward, update, wrap
+from common.stop import StopRequest
+from model import LM
+from muon import OPTIMIZERS, make_optimizer, set_learning_rates
+from probes.artefacts import ARTEFACTS, artefacts
+from probes.base import (
     CPU,
     MOST,
     BaseConfig,
@@ -43,22 +52,15 @@ from base import (
     carries,
     load_base,
     make_base,
+    named,
     pool_batch,
+    pool_of,
     split_batch,
 )
-from common import fit, probing, stats, tokenizer
-from common.config import ConfigError, UserError, launch, option_types, parse
-from common.console import StepBar, resume_command, say
-from common.data import Text, Windows, open_text
-from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
-from common.facts import TRAINED, WORDINGS, Fact, World, find_leaks, make_facts, make_pairs, pack, shuffled
-from common.files import append_row, read_rows, write_json, write_text
-from common.memory_report import CONTROLS, HORIZONS, report
-from common.run import Run, digest, finite
-from common.step import NotFinite, backward, update, wrap
-from common.stop import StopRequest
-from model import LM
-from muon import OPTIMIZERS, make_optimizer, set_learning_rates
+from probes.context import handover, incontext
+from probes.effects import early_and_late
+from probes.report import CONTROLS, HORIZONS, report
+from probes.stream import trace, window
 
 import numpy as np
 import torch
@@ -66,9 +68,7 @@ import torch
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
-
-OTHERS = {"window": stream_probe.window, "trace": stream_probe.trace, "handover": context_probe.handover,
-          "incontext": context_probe.incontext, "artefacts": artefacts}  # with loops of their own
+OTHERS = {f.__name__: f for f in (window, trace, handover, incontext, artefacts)}  # with loops of their own
 EXPERIMENTS = ("retention", "frequency", "dilution", "spacing", "mixed", "continual", *OTHERS)
 
 
@@ -89,9 +89,8 @@ class ProbeConfig(BaseConfig):
     method: Literal["none", "replay", "ewc", "rows"] = "none"  # continual: none | replay | ewc | rows
     replay_share: float = 0.1  # replay: share of each batch that repeats facts written before
     ewc_lambda: float = 100.0  # ewc: weight of the penalty (lambda / 2) F (p - p_before)^2
-    reset_after: bool = False  # artefact: begin a new optimiser when the injection ends
     keep_pool: bool = False  # keep the pool's rows in the background: the form of facts is not forgotten
-    artefacts: tuple[Literal[tuple(ARTEFACTS)], ...] = tuple(ARTEFACTS)  # which of artefacts.py
+    artefacts: tuple[Literal[tuple(ARTEFACTS)], ...] = tuple(ARTEFACTS)  # which of them
     # window, trace
     window_size: int = 32  # window: sentences in it, all trained at each step
     stride: int = 8  # window: new sentences per step, so that each is trained window_size / stride times
@@ -122,47 +121,57 @@ class ProbeConfig(BaseConfig):
     name: str = "memory"  # the folder in out_dir
 
     def problems(self) -> list[str]:
-        out = super().problems() + self.at_least(1, "seeds", "facts", "exposures", "spread", "cohorts",
-                                                 "lead")
-        out += self.at_least(0, "steps", "beta2_tokens", "chaos_seeds", "base_lr", "bound", "show_facts",
-                             "base_seed",
-                             "ewc_lambda")
-        out += [f"{key}={getattr(self, key):,} is more than {MOST:,}, the most there can be"
-                for key in ("seeds", "facts", "exposures", "spread", "cohorts", "lead", "show_facts",
-                            "chaos_seeds")
+        counts = ("seeds", "facts", "exposures", "spread", "cohorts", "lead", "show_facts", "chaos_seeds")
+        out = super().problems() + self.at_least(1, *counts[:6], "window_size", "stride", "intervals",
+                                                 "retrain_steps")
+        out += self.at_least(0, *counts[6:], "steps", "beta2_tokens", "base_lr", "base_seed", "ewc_lambda",
+                             "context")
+        out += [f"{key}={getattr(self, key):,} is more than {MOST:,}, the most there can be" for key in counts
                 if getattr(self, key) > MOST]
-        if self.exposures > TRAINED and self.experiment == "retention":
-            out.append(f"exposures={self.exposures}: a fact has {TRAINED} wordings to train")
-        if self.exposures > self.spread:
-            out.append(f"exposures={self.exposures} do not fit into spread={self.spread} steps")
-        out += [f"{key} must be above 0 and at most 1, got {getattr(self, key)}" for key in ("share",)
-                if not 0 < getattr(self, key) <= 1]
-        if not 0 <= self.replay_share < 1:
-            out.append(f"replay_share must be at least 0 and below 1, got {self.replay_share}")
-        if self.experiment in ("handover", "incontext") and not (self.context_share or self.base):
-            out.append(f"experiment={self.experiment} needs a base that reads facts from its context; use "
-                       "--context_share=0.5")
-        if not self.modes or not self.distances or min(self.distances) < 0 or not 0 < self.target <= 1:
-            out.append("modes and distances must not be empty, distances not negative, target above 0 and "
-                       "at most 1")
-        out += self.at_least(1, "window_size", "stride", "intervals", "retrain_steps") + self.at_least(0,
-                                                                                                       "context")
-        if self.experiment == "window" and self.stride > self.window_size:
-            out.append(f"stride={self.stride} leaves out sentences; at most window_size={self.window_size}")
+        out += [f"{key} must be above 0, got {getattr(self, key)}" for key in ("bound", "share", "target")
+                if not getattr(self, key) > 0]
+        out += [f"{key} must be at most 1, got {getattr(self, key)}" for key in ("share", "target")
+                if getattr(self, key) > 1]
+        out += [f"{key} must be at least 0 and below 1, got {getattr(self, key)}"
+                for key in ("replay_share", "overlap") if not 0 <= getattr(self, key) < 1]
         if self.sentences < 4 or self.sentences % 2:
             out.append(f"sentences must be even and at least 4, got {self.sentences}")
-        if not 0 <= self.overlap < 1:
-            out.append(f"overlap must be at least 0 and below 1, got {self.overlap}")
-        if self.experiment == "trace":
-            out += self.at_least(self.max_seq_len + 1, "stretch") + self.at_least(2 * self.max_seq_len,
-                                                                                  "reach")
-        if self.method != "none" and self.experiment != "continual":
-            out.append(f"method={self.method} is for --experiment=continual")
+        if not self.modes or not self.artefacts or min(self.distances, default=-1) < 0:
+            out.append("modes, artefacts and distances must not be empty, and distances not negative")
+        out += self.contradictions()
         for text in self.arm if not out else ():
             try:
                 changed(replace(self, arm=()), text)
             except ConfigError as e:
                 out += [f"arm '{text}': {p}" for p in e.problems]
+        return out
+
+    def contradictions(self) -> list[str]:
+        """Options that do not fit the experiment."""
+        out, name = [], self.experiment
+        if self.exposures > TRAINED and name == "retention":
+            out.append(f"exposures={self.exposures}: a fact has {TRAINED} wordings to train")
+        if self.exposures > self.spread and name != "incontext":
+            out.append(f"exposures={self.exposures} do not fit into spread={self.spread} steps")
+        if name in ("handover", "incontext") and not (self.context_share or self.base):
+            out.append(f"experiment={name} needs a base that reads facts from its context; use "
+                       "--context_share=0.5")
+        if name == "window" and self.stride > self.window_size:
+            out.append(f"stride={self.stride} leaves out sentences; at most window_size={self.window_size}")
+        if name == "trace":
+            out += self.at_least(self.max_seq_len + 1, "stretch")
+            out += self.at_least(2 * self.max_seq_len, "reach")
+        if name == "artefacts" and (self.arm or {self.optimizer, self.base_optimizer} != {"adamw"}
+                                    or not self.pool):
+            out.append("experiment=artefacts shows its set-ups on one base by adamw with a pool, without "
+                       "arms")
+        if self.method != "none" and name != "continual":
+            out.append(f"method={self.method} is for --experiment=continual")
+        if self.power and name in OTHERS:
+            out.append(f"power is for experiments with exposures, not {name}; its words say what was "
+                       "detectable")
+        if len({"", *self.arm}) <= len(self.arm):
+            out.append(f"two arms are the same: {', '.join(self.arm)}")
         return out
 
     @property
@@ -198,6 +207,7 @@ def changed(cfg, text: str):
 # Schedules: which experiment writes which pair when. (groups, {step: [(pair, place in its order)]}, length):
 # `groups` names the group of each pair, steps count from the start of the injection.
 
+FIRST = "as it is"  # the arm that changes nothing
 HEAVY = 16  # exposures of the positive control
 OFTEN = ("mem", "para")  # kinds of probes that are asked on the whole grid
 
@@ -271,12 +281,9 @@ def probe_steps(cfg: ProbeConfig, plan: tuple) -> dict[int, bool]:
     after each group's last exposure, then 0, 1, 2, 3, 5, 8, ... steps after all, and the end."""
     groups, due, length = plan
     ends = {groups[pair]: step + 1 for step, said in due.items() for pair, _ in said} | {"": length}
-    grid, a, b = {0}, 1, 2
-    while a < cfg.steps:
-        grid.add(a)
-        a, b = b, a + b
     whole = {e + h for e in ends.values() for h in HORIZONS} | {length + cfg.steps, 0}
-    some = {round(i * length / 4) for i in range(4)} | {length + g for g in grid} | {-cfg.lead}
+    some = {round(i * length / 4) for i in range(4)} | {length + g
+                                                        for g in early_and_late(cfg.steps)} | {-cfg.lead}
     return {cfg.lead + s: s in whole for s in sorted(whole | some) if s <= length + cfg.steps}
 
 
@@ -286,17 +293,17 @@ def probe_steps(cfg: ProbeConfig, plan: tuple) -> dict[int, bool]:
 
 @dataclass
 class Part:
-    arm: int
+    arm: str
     seed: int
     twin: str  # A: the treated facts; B: their controls; chaos: A with one background row changed
     facts: list[Fact]  # treated, controls, spares: pair i is facts i, n + i, 2 n + i
     due: dict[int, list]  # step after `lead` -> [(pair, place in the order of its statements)]
-    end: int  # the step after the injection
     steps: dict[int, bool]  # where probes are asked, and whether all kinds or only OFTEN; the last is the end
+    written: dict[int, tuple] = field(default_factory=dict)  # step -> rows (R, T) of inputs and targets
 
     @property
-    def key(self) -> list:
-        return [self.arm, self.seed, self.twin]
+    def key(self) -> tuple[str, int, str]:
+        return self.arm, self.seed, self.twin
 
     @property
     def length(self) -> int:
@@ -305,21 +312,35 @@ class Part:
     def sentences(self, said: list[tuple[int, int]], world: World) -> list[list[int]]:
         """Of (pair, place), with the subjects that this twin trains."""
         own = len(self.facts) // 3 if self.twin == "B" else 0
-        return world.sentences([(self.facts[own + pair], self.facts[pair].order[place]) for pair,
-                                place in said])
+        return world.sentences([(self.facts[own + pair], self.facts[pair].order[place])
+                                for pair, place in said])
 
 
-def fact_rows(part: Part, world: World, cfg: ProbeConfig) -> dict[int, tuple]:
-    """{step: rows (R, T) of inputs and targets} with what this twin writes."""
-    out = {}
+def write_rows(part: Part, world: World, cfg: ProbeConfig) -> None:
+    """Fill in what this twin writes."""
     for step, said in part.due.items():
-        out[cfg.lead + step] = rows = pack(part.sentences(said, world), cfg.max_seq_len, world.tok.eot)
+        rows = pack(part.sentences(said, world), cfg.max_seq_len, world.tok.eot)
         if len(rows[0]) > cfg.batch_size - cfg.pool_rows * cfg.keep_pool:
             raise UserError(f"step {step} of the injection has {len(said)} sentences, {len(rows[0])} rows of "
                             f"{cfg.max_seq_len} tokens, but the batch has {cfg.batch_size} rows; use a "
-                            "larger "
-                            "--batch_size or --spread, or fewer --facts")
-    return out
+                            "larger --batch_size or --spread, or fewer --facts")
+        part.written[cfg.lead + step] = rows
+
+
+def batch_of(cfg: ProbeConfig, part: Part, step: int, world: World, windows: Windows, pool: list):
+    """Inputs and targets (B, T) of a step: background text, in rows of which stand the pool if it is kept,
+    what this twin writes, and in the last ones what it replays."""
+    x, y = background(windows, step, cfg)
+    if part.twin == "chaos" and step == cfg.lead:
+        x[-1], y[-1] = (z[0].numpy() for z in windows.batch(2**40, 1, CPU))
+    kept = cfg.pool_rows * cfg.keep_pool
+    if kept:
+        x[:kept], y[:kept] = pool_batch(pool, kept, step + cfg.base_steps, cfg, world.tok.eot)
+    if rows := part.written.get(step):
+        x[kept:kept + len(rows[0])], y[kept:kept + len(rows[0])] = rows
+    if rows := replay(cfg, part, step, world) if cfg.method == "replay" else None:
+        x[-len(rows[0]):], y[-len(rows[0]):] = rows
+    return x, y
 
 
 def replay(cfg: ProbeConfig, part: Part, step: int, world: World):
@@ -329,20 +350,27 @@ def replay(cfg: ProbeConfig, part: Part, step: int, world: World):
     rows = round(cfg.replay_share * cfg.batch_size)
     if not before or not rows:
         return None
-    drawn = np.random.default_rng((part.seed, 11, step)).integers(len(before),
-                                                                  size=rows * cfg.max_seq_len // 8)
+    rng = np.random.default_rng((part.seed, 11, step))
+    drawn = rng.integers(len(before), size=rows * cfg.max_seq_len // 8)
     x, y = pack(part.sentences([before[i] for i in drawn], world), cfg.max_seq_len, world.tok.eot)
     return x[:rows], y[:rows]
+
+
+def cohort_before(cfg: ProbeConfig, part: Part, step: int) -> list | None:
+    """A quarter of the rows of the cohort that is complete at this step; None if none is."""
+    steps = range(step - cfg.burst, step) if (step - cfg.lead - cfg.burst) % cfg.spread == 0 else ()
+    rows = [part.written[s] for s in steps if s in part.written]
+    return [np.concatenate(z)[::4] for z in zip(*rows, strict=True)] if rows else None
 
 
 def consolidate(net, model: LM, rows: list, cfg: ProbeConfig, dist: Dist) -> dict:
     """What EWC (Kirkpatrick 2017, 1612.00796) keeps of the rows (R, T): the weights now, and the diagonal
     Fisher information, as the mean over rows of the squared gradient."""
     fisher, (x, y) = {name: torch.zeros_like(p) for name, p in model.named_parameters()}, rows
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
     for i in range(len(x)):
         alone = [z[i:i + 1].repeat(dist.world, 0) for z in (x, y)]
-        backward(net, split_batch(*alone, cfg, dist), dist, "fp32",
-                 torch.amp.GradScaler("cpu", enabled=False))
+        backward(net, split_batch(*alone, cfg, dist), dist, "fp32", scaler)
         for name, p in model.named_parameters():
             fisher[name] += p.grad.float() ** 2 / len(x)
             p.grad = None
@@ -372,16 +400,22 @@ def only_rows(model: LM, x: np.ndarray):
     return restore
 
 
-def expose(cfg: ProbeConfig, part: Part, written: dict, model: LM, optimizer, scaler, step: int, ewc: dict,
-           prefix: dict, world: World, windows: Windows, pool: list, run: Run, stop: StopRequest,
-           bar: StepBar) -> bool:
-    """Train on from `step` and ask probes on the way; False if asked to stop. Until the injection both twins
-    are the same run: the first one leaves its state there in `prefix`."""
+def expose(cfg: ProbeConfig, part: Part, base: dict, saved: dict | None, prefix: dict, world: World,
+           text: Text,
+           pool: list[Fact], run: Run, stop: StopRequest, bar: StepBar) -> bool:
+    """Train one twin and ask probes on the way; False if asked to stop. Until the injection both twins are
+    the same run: A leaves its state there in `prefix`, and B begins with it."""
     dist, dtype = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0]
+    model, optimizer, scaler, step = start(cfg, base, saved, run, prefix, part.twin)
+    net, ewc = wrap(model, False, dist), saved["progress"]["ewc"] if saved else {}
+    windows = Windows(text.train, cfg.max_seq_len, 1000 + part.seed)
+    known = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))) if cfg.keep_pool else []
     probes = {everything: probes_of(part, world, everything) for everything in (False, True)}
     prepared = {k: probing.batches(p, world.tok.eot, dist.device) for k, p in probes.items()}
-    net = wrap(model, False, dist)
-    kept = cfg.pool_rows * cfg.keep_pool
+
+    def save() -> None:
+        run.save("last.pt", model, optimizer, scaler, part=part.key, step=step, ewc=ewc, probing=run.probing)
+
     while True:
         began = time.perf_counter()
         if step == cfg.lead and part.twin == "A":
@@ -393,40 +427,27 @@ def expose(cfg: ProbeConfig, part: Part, written: dict, model: LM, optimizer, sc
             run.probing += time.perf_counter() - began
         if step == part.length or stop.agreed(dist):
             break
-        x, y = background(windows, step, cfg)  # (B, T) each
-        if part.twin == "chaos" and step == cfg.lead:
-            x[-1], y[-1] = (z[0].numpy() for z in windows.batch(2**40, 1, CPU))
-        if kept:
-            x[:kept], y[:kept] = pool_batch(pool, kept, step + cfg.base_steps, cfg, world.tok.eot)
-        again = replay(cfg, part, step, world) if cfg.method == "replay" else None
-        for rows, place in ((written.get(step), kept), (again, len(x) - len(again[0]) if again else 0)):
-            if rows:
-                x[place:place + len(rows[0])], y[place:place + len(rows[0])] = rows
-        if cfg.reset_after and step == part.end:
-            optimizer.state.clear()
+        x, y = batch_of(cfg, part, step, world, windows, known)  # (B, T) each
         lr = set_learning_rates(optimizer, cfg, step, part.length)
         loss = backward(net, split_batch(x, y, cfg, dist), dist, dtype, scaler)
-        if cfg.method == "ewc" and ewc:
+        if ewc:
             pull_back(model, ewc, cfg.ewc_lambda)
-        restore = only_rows(model, written[step][0]) if cfg.method == "rows" and step in written else None
+        restore = only_rows(model,
+                            part.written[step][0]) if cfg.method == "rows" and step in part.written else None
         norm = update(model, optimizer, scaler, cfg.grad_clip, loss)
         if restore:
             restore()
-        if cfg.method == "ewc" and (step + 1 - cfg.lead) % cfg.spread == cfg.burst:  # a cohort is complete
-            if cohort := [written[s] for s in range(step + 1 - cfg.burst, step + 1) if s in written]:
-                rows = [np.concatenate(z)[::4] for z in zip(*cohort, strict=True)]
-                ewc = consolidate(net, model, rows, cfg, dist)
         step += 1
+        if cfg.method == "ewc" and (rows := cohort_before(cfg, part, step)):
+            ewc = consolidate(net, model, rows, cfg, dist)
         run.seconds += time.perf_counter() - began
         if step % 10 == 0:
             run.metrics(part=part.key, step=step, train_loss=loss.item(), grad_norm=norm, lr=lr)
         bar.tick(time.perf_counter() - began)
-        bar.show(f"arm {part.arm + 1}, seed {part.seed}, twin {part.twin}: loss {loss.item():.3f}")
+        bar.show(f"{part.arm}, seed {part.seed}, twin {part.twin}: loss {loss.item():.3f}")
         if run.save_is_due(cfg.save_minutes):
-            run.save("last.pt", model, optimizer, scaler, part=part.key, step=step, ewc=ewc,
-                     probing=run.probing)
-    run.save("last.pt", model, optimizer, scaler, part=part.key, step=step, ewc=ewc,
-                     probing=run.probing)
+            save()
+    save()
     return step == part.length
 
 
@@ -437,19 +458,19 @@ def probes_of(part: Part, world: World, everything: bool) -> list:
 
 
 def log_scores(part: Part, step: int, probes: list, scores: probing.Scores, run: Run) -> None:
-    """Add a row per kind of probe to probes.jsonl: lists over treated facts, then over controls. The
-    confidence on subjects that no run has seen is a mean over spares."""
+    """Add a row to probes.jsonl. `kinds` has lists over treated facts, then over controls; the confidence on
+    subjects that no run has seen is a mean over spares."""
     if not run.dist.is_main:
         return
-    kinds, n = np.array([p.kind for p in probes]), len(part.facts) // 3
-    for kind in dict.fromkeys(kinds.tolist()):
-        of = np.flatnonzero(kinds == kind)
-        row = {"part": part.key, "step": step, "kind": kind,
-               "logp": scores.logp[of[:2 * n]].round(5).tolist()}
-        row |= {k: getattr(scores, k)[of[:2 * n]].astype(int).tolist() for k in ("hit", "rank", "guess")}
-        if kind == OFTEN[0]:
-            row["unseen_confidence"] = float(scores.confidence[of[2 * n:]].mean())
-        append_row(run.path("probes.jsonl"), row)
+    of, n, kinds = np.array([p.kind for p in probes]), len(part.facts) // 3, {}
+    for kind in dict.fromkeys(of.tolist()):
+        mine = np.flatnonzero(of == kind)[:2 * n]
+        kinds[kind] = {"logp": scores.logp[mine].round(5).tolist()}
+        kinds[kind] |= {key: getattr(scores, key)[mine].astype(int).tolist()
+                        for key in ("hit", "rank", "guess")}
+    spares = np.flatnonzero(of == OFTEN[0])[2 * n:]
+    append_row(run.path("probes.jsonl"), {"part": part.key, "step": step, "kinds": kinds,
+                                          "unseen_confidence": float(scores.confidence[spares].mean())})
 
 
 def start(cfg: ProbeConfig, base: dict, saved: dict | None, run: Run, prefix: dict, twin: str):
@@ -469,7 +490,7 @@ def start(cfg: ProbeConfig, base: dict, saved: dict | None, run: Run, prefix: di
 
 
 def show_facts(cfg: ProbeConfig, world: World) -> None:
-    facts = make_pairs(world, cfg.show_facts, cfg.seed, make_facts(world, "pool", cfg.pool, cfg.base_seed))
+    facts = make_pairs(world, cfg.show_facts, cfg.seed, pool_of(cfg, world))
     say(f"{len(world.answers)} answers, guessing is right once in {len(world.answers)}: "
         f"{', '.join(a.strip() for a in shuffled(world.answers, 'shown')[:8])}, ...")
     for fact, control in zip(facts[:cfg.show_facts], facts[cfg.show_facts:], strict=False):
@@ -481,41 +502,15 @@ def show_facts(cfg: ProbeConfig, world: World) -> None:
             say(f"    {p.kind:<10}{world.tok.decode(p.prompt[1:])} |{world.tok.decode(p.target)}|")
 
 
-def facts_of(cfg: ProbeConfig, seed: int, world: World, text: Text) -> tuple[list[Fact], list[Fact]]:
-    """(the pool, the facts of one seed with their groups). Names that the text contains are named and
-    avoided: a control that stands in the text would be no control."""
-    pool = make_facts(world, "pool", cfg.pool, cfg.base_seed) if cfg.pool else []
-    groups, avoid = schedule(cfg)[0], {}
-    while True:
-        facts = make_pairs(world, len(groups), seed, pool, avoid)
-        leaks = find_leaks(world, facts, text.train)
-        if not leaks or cfg.level == "H4":
-            break
-        avoid |= {f.subject: leaks[f.id] for f in facts if f.id in leaks}
-    for name, place in avoid.items():
+def facts_of(cfg: ProbeConfig, seed: int, world: World, pool: list[Fact], text: Text) -> list[Fact]:
+    """The facts of one seed, with their groups. Names that the text contains are named and avoided."""
+    groups = schedule(cfg)[0]
+    facts, found = new_pairs(world, len(groups), seed, pool, text.train)
+    for name, place in found.items():
         say(f"note: the text contains '{name}' (token {place:,}); another name was drawn for the fact")
     for fact in facts:
         fact.group = groups[fact.pair]
-    return pool, facts
-
-
-def run_part(cfg: ProbeConfig, part: Part, prefix: dict, saved: dict | None, text: Text, world: World,
-             pool: list[Fact], run: Run, stop: StopRequest, bar: StepBar) -> bool:
-    written = fact_rows(part, world, cfg)  # before a base is trained for nothing
-    base = make_base(base_config(cfg), text, world, pool, run.dist, stop)
-    if base is None:
-        return False
-    model, optimizer, scaler, step = start(cfg, base, saved, run, prefix, part.twin)
-    ewc = saved["progress"]["ewc"] if saved else {}
-    sentences = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))) if cfg.keep_pool else []
-    windows = Windows(text.train, cfg.max_seq_len, 1000 + part.seed)
-    try:
-        return expose(cfg, part, written, model, optimizer, scaler, step, ewc, prefix, world, windows,
-                      sentences, run,
-                      stop, bar)
-    except NotFinite as e:
-        raise UserError(f"arm {part.arm + 1}, seed {part.seed}, twin {part.twin}: {e}; use a lower "
-                        "--lr") from None
+    return facts
 
 
 def main(cfg: ProbeConfig) -> dict:
@@ -523,7 +518,9 @@ def main(cfg: ProbeConfig) -> dict:
     with setup(cfg.device) as dist:
         text = open_text(cfg.data)
         arms = [architecture(c, text.meta) for c in (cfg, *(changed(cfg, a) for a in cfg.arm))]
-        worlds = [World(text.tok, c.level, c.base_seed, c.answers) for c in arms]
+        made = {}  # arms mostly share a world
+        worlds = [made.setdefault(key, made.get(key) or World(text.tok, *key))
+                  for key in ((c.level, c.base_seed, c.answers) for c in arms)]
         if cfg.show_facts:
             show_facts(cfg, worlds[0])
             return {"status": "shown"}
@@ -532,22 +529,23 @@ def main(cfg: ProbeConfig) -> dict:
         if dist.device.type == "cpu":
             keep_freed_memory()
         others = OTHERS.get(cfg.experiment)
-        if not others and dist.is_main:
-            say(describe(cfg, arms))
-        if cfg.power and not others:
+        if dist.is_main:
+            say(f"experiment  {cfg.experiment}: {len(arms)} arms x {cfg.seeds} seeds" if others
+                else describe(cfg, arms))
+        if cfg.power:
             say(power(cfg, arms, dist))
         if cfg.dry_run or cfg.power:
             return {"status": "planned"}
         with Run(replace(arms[0], arm=cfg.arm), dist, "memory_probe", text.meta["tokenizer"],
                  text.meta["splits"]["train"]["sha256"]) as run, StopRequest() as stop:
-            done = (others or exposures)(cfg, arms, ["as it is", *cfg.arm], text, worlds, run, stop)
+            done = (others or exposures)(cfg, arms, [FIRST, *cfg.arm], text, worlds, run, stop)
             if done is None:
                 say(f"stopped and saved in {run.folder}; continue with:  {resume_command()}")
                 return run.finish("stopped", {}, {}, cfg.dtype)
             summary, words = done
             counts = summary.pop("counts", {})  # with times, which differ between machines
             if dist.is_main:
-                write_json(run.path("summary.json"), finite(summary))
+                write_json(run.path("summary.json"), finite({"experiment": cfg.experiment, **summary}))
                 say(words)
             run.id = digest(finite(summary))
             return run.finish("finished", counts, summary, choose_dtype(cfg.dtype, dist.device)[0])
@@ -556,41 +554,42 @@ def main(cfg: ProbeConfig) -> dict:
 def exposures(cfg: ProbeConfig, arms: list, labels: list[str], text: Text, worlds: list[World], run: Run,
               stop: StopRequest) -> tuple[dict, str] | None:
     """All twins of all seeds of all arms: (summary, words), or None if asked to stop."""
-    plans = [(schedule(c), probe_steps(c, schedule(c))) for c in arms]
-    todo = parts(cfg, arms)
+    plans = {label: (schedule(c), probe_steps(c, schedule(c))) for label, c in zip(labels, arms, strict=True)}
+    of = {label: (c, w) for label, c, w in zip(labels, arms, worlds, strict=True)}
+    todo = parts(cfg, labels)
     saved = run.find()
     run.probing = saved["progress"].get("probing", 0.0) if saved else 0.0  # seconds
     rows = read_rows(run.path("probes.jsonl")) if saved else []
-    done = {tuple(r["part"]) for r in rows if r["step"] == max(plans[r["part"][0]][1])}
+    done = {key for r in rows if (key := tuple(r["part"])) in todo and r["step"] == max(plans[key[0]][1])}
     current, reached = (tuple(saved["progress"]["part"]), saved["progress"]["step"]) if saved else (None, 0)
-    if saved and current[0] < len(plans) and not covered(rows, current, reached, plans[current[0]][1],
-                                                         arms[current[0]]):
+    if current in todo and not covered(rows, current, reached, plans[current[0]][1], of[current[0]][0]):
         current = None  # the log lost rows, as in a power failure: that run begins again
-    run.begin(saved, lambda r: tuple(r["part"]) in done or tuple(r["part"]) == current
-              and r["step"] < reached)
+    run.begin(saved, lambda r: tuple(r["part"]) in done or tuple(r["part"]) not in todo
+              or tuple(r["part"]) == current and r["step"] < reached + ("kinds" not in r))
     prefix, written, place = {}, [], None
-    with StepBar(sum(max(plans[key[0]][1]) for key in done if key in todo),
-                 sum(max(plans[a][1]) for a, _, _ in todo),
+    with StepBar(sum(max(plans[a][1]) for a, _, _ in done), sum(max(plans[a][1]) for a, _, _ in todo),
                  run.dist.is_main) as bar:
         for key in todo:
-            a, seed, twin = key
-            if place != (a, seed):
-                prefix, place = {}, (a, seed)
-                pool, facts = facts_of(arms[a], seed, worlds[a], text)
-                written += [{"arm": a, "seed": seed, **vars(f)} for f in facts]
-            _, due, length = plans[a][0]
-            part = Part(a, seed, twin, facts, due, arms[a].lead + length, plans[a][1])
-            mine = saved if current == key else None
-            if key not in done and not run_part(arms[a], part, prefix, mine, text, worlds[a], pool, run, stop,
-                                                bar):
-                return None
+            (label, seed, twin), (c, world) = key, of[key[0]]
+            if place != (label, seed):
+                prefix, place, pool = {}, (label, seed), pool_of(c, world)
+                facts = facts_of(c, seed, world, pool, text)
+                written += [{"arm": label, "seed": seed, **vars(f)} for f in facts]
+            if key in done:
+                continue
+            part = Part(label, seed, twin, facts, plans[label][0][1], plans[label][1])
+            write_rows(part, world, c)  # before a base is trained for nothing
+            base = make_base(base_config(c), text, world, pool, run.dist, stop)
+            with named(f"arm {label}, seed {seed}, twin {twin}"):
+                if base is None or not expose(c, part, base, saved if current == key else None, prefix, world,
+                                              text, pool, run, stop, bar):
+                    return None
     if not run.dist.is_main:
         return {}, ""
     asked = [r for r in read_rows(run.path("probes.jsonl")) if tuple(r["part"]) in todo]
     lines = "".join(json.dumps(f, sort_keys=True) + "\n" for f in written)
     write_text(run.path("facts.jsonl"), lines)
-    summary, words = report(cfg, labels, arms, plans, asked, written,
-                            worlds[0].answers, run.folder)
+    summary, words = report(cfg, labels, arms, list(plans.values()), asked, written, worlds[0].answers, run)
     summary |= {"facts_sha256": hashlib.sha256(lines.encode()).hexdigest(),
                 "counts": {"runs": len(todo), "probing_share": run.probing / max(run.seconds, 1e-9)}}
     return summary, words
@@ -602,36 +601,35 @@ def covered(rows: list[dict], part: tuple, reached: int, grid: dict, cfg: ProbeC
     return all(s in asked for s in grid if s < reached and (part[2] != "B" or s >= cfg.lead))
 
 
-def parts(cfg: ProbeConfig, arms: list) -> list[tuple[int, int, str]]:
+def parts(cfg: ProbeConfig, labels: list[str]) -> list[tuple[str, int, str]]:
     """(arm, seed, twin) of every run, seed by seed, so that what is done can be compared."""
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    return [(a, s, t) for s in seeds for a in range(len(arms))
+    return [(a, s, t) for s in seeds for a in labels
             for t in ("A", "B", "chaos")[:3 if s < cfg.seed + cfg.chaos_seeds else 2]]
 
 
 def describe(cfg: ProbeConfig, arms: list) -> str:
-    n = len(parts(cfg, arms))
+    n = len(parts(cfg, [FIRST, *cfg.arm]))
     lines = [f"experiment  {cfg.experiment}: {len(arms)} arms x {cfg.seeds} seeds x twins = {n} runs"]
-    for label, c in zip(("as it is", *cfg.arm), arms, strict=True):
+    for label, c in zip((FIRST, *cfg.arm), arms, strict=True):
         groups, due, length = schedule(c)
-        lines.append(f"arm         {label}: "
-                     f"{', '.join(f'{groups.count(g)} {g}' for g in dict.fromkeys(groups))}; "
-                     f"{c.lead} steps, {length} with {sum(map(len, due.values())):,} exposures, {c.steps} "
-                     "after; "
-                     f"{c.optimizer} lr {c.lr:g} ({'carried' if carries(c) else 'fresh'} state, beta2 "
-                     f"{c.probe_beta2:.5f}) on a base by {c.base_optimizer}")
+        sizes = ", ".join(f"{groups.count(g)} {g}" for g in dict.fromkeys(groups))
+        lines.append(f"arm         {label}: {sizes}; {c.lead} steps, {length} with "
+                     f"{sum(map(len, due.values())):,} exposures, {c.steps} after; {c.optimizer} lr {c.lr:g} "
+                     f"({'carried' if carries(c) else 'fresh'} state, beta2 {c.probe_beta2:.5f}) on a base "
+                     f"by {c.base_optimizer}")
     return "\n".join(lines)
 
 
 def power(cfg: ProbeConfig, arms: list, dist: Dist) -> str:
     """What these facts and seeds detect, from the spread measured by an earlier run of this name if there is
     one; and how long it takes here."""
-    sd_seed, sd_item, source = 0.1, 0.6, "assumed; after a first run of one or more seeds it is measured"
+    sd_seed, sd_item, source = 0.1, 0.6, "assumed; after a first run of this name it is measured"
     path = os.path.join(cfg.out_dir, cfg.name, "summary.json")
-    if os.path.exists(path):
-        groups = tokenizer.read_json(path)["arms"][0]["groups"]
-        found = [next(iter(g["kinds"]["mem"]["at"].values())) for name,
-                 g in groups.items() if name not in CONTROLS]
+    earlier = read_json(path) if os.path.exists(path) else {}
+    if earlier.get("experiment") == cfg.experiment:
+        found = [next(iter(g["kinds"]["mem"]["at"].values()))
+                 for name, g in earlier["arms"][0]["groups"].items() if name not in CONTROLS]
         sd_item = max(e["sd_item"] for e in found)
         sd_seed = max((e["sd_seed"] for e in found if e["sd_seed"] is not None), default=sd_seed)
         source = f"measured in {os.path.dirname(path)}"
@@ -639,15 +637,14 @@ def power(cfg: ProbeConfig, arms: list, dist: Dist) -> str:
     for seeds in sorted({1, 3, cfg.seeds, 6, 10}):
         see = stats.minimum_detectable(sd_seed, sd_item, seeds, cfg.facts)
         lines.append(f"power       {seeds:2} seed{'s' if seeds > 1 else ' '} x {cfg.facts} pairs: sees "
-                     f"{see:.2f} nats "
-                     f"({see / math.log(2):.2f} bits) four times in five"
+                     f"{see:.2f} nats ({see / math.log(2):.2f} bits) four times in five"
                      + " <- as it is" * (seeds == cfg.seeds))
-    for label, c in zip(("as it is", *cfg.arm), arms, strict=True):
-        mine = [key for key in parts(cfg, arms) if arms[key[0]] is c]
-        seconds = sum(max(probe_steps(c, schedule(c))) for _ in mine) * seconds_per_step(c, dist)
-        lines.append(f"time        {label}: {len(mine)} runs, about {seconds * 1.2 / 60:.0f} minutes here, "
-                     "and its "
-                     "base where that is not cached")
+    labels = [FIRST, *cfg.arm]
+    for label, c in zip(labels, arms, strict=True):
+        runs = [key[0] for key in parts(cfg, labels)].count(label)
+        minutes = runs * max(probe_steps(c, schedule(c))) * seconds_per_step(c, dist) * 1.2 / 60
+        lines.append(f"time        {label}: {runs} runs, about {minutes:.0f} minutes here, and its base "
+                     "where that is not cached")
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Facts that no text contains, with matched controls and probes, for any tokenizer.
 
-    world = open_world(tok, level="H1", seed=1)              # answers and relations: fixed for a base
+    world = World(tok, level="H1", seed=1)                   # answers and relations: fixed for a base
     pool = make_facts(world, "pool", 256, seed=1)            # what a base knows, in every wording
     facts = make_pairs(world, 64, seed=2, taken=pool)        # treated facts and their controls
     probes = [p for fact in facts for p in world.probes(fact)]
@@ -19,11 +19,10 @@ Everything is drawn by SHA-256 of (seed, what), so the same seed gives the same 
 """
 import hashlib
 import itertools
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from common.config import UserError
@@ -85,14 +84,12 @@ class World:
         self.tok, self.level, self.seed, self.answer_tokens = tok, level, seed, sizes[1]
         used = set(re.findall(r"[a-z]{3,}", " ".join((*WORDINGS, *RELATIONS, TWO_HOPS)).lower()))
         words, self.glue = single_tokens(tok)
-        words, n = shuffled([w for w in words if w.strip() not in used], seed,
-                            "answers"), n_answers or sizes[0]
-        if len(words) < n:
-            raise UserError(f"level {level} needs {n} answers of one token each, but the tokenizer "
-                            f"{tok.name} "
-                            f"has {len(words)}; use --level=H0 or --answers={len(words)}, or a tokenizer "
-                            "with "
-                            "more words (bpe:8192)")
+        words = shuffled([w for w in words if w.strip() not in used], seed, "answers")
+        n, least = n_answers or sizes[0], 4 if level == "H4" else 2  # H4: three old answers and a new one
+        if not least <= n <= len(words):
+            raise UserError(f"level {level} needs at least {least} answers of one token each, and {n} were "
+                            f"asked for; the tokenizer {tok.name} has {len(words)}: use another --level or "
+                            "--answers, or a tokenizer with more words (bpe:8192)")
         self.answers, self.words = words[:n], words[n:]
         self.answer_ids = [self.encode(w)[0] for w in self.answers]
         self.relations = [r for r in RELATIONS if tok.decode(self.encode(r)).strip() == r][:sizes[2]]
@@ -122,20 +119,19 @@ class World:
         texts = {kind: self.prompt(fact, wording) for kind, wording in kinds.items()}
         if self.level == "H5" and fact.relation == self.relations[0]:
             second = self.second_hop(fact.answer)
-            texts["comp"] = (TWO_HOPS.format(q=self.relations[1], r=fact.relation, s=fact.subject)
-                             + self.glue,
-                             second)
-        # names alone become likelier by training: `reverse` counts only beyond the same name after another
-        # answer
+            asked = TWO_HOPS.format(q=self.relations[1], r=fact.relation, s=fact.subject)
+            texts["comp"] = (asked + self.glue, second)
+        # training makes names likelier: `reverse` counts beyond the same name after another answer
         texts["foil"] = self.prompt(replace(fact, answer=self.another(fact.answer)), kinds["reverse"])
         if fact.old:
             texts["old"] = (texts["mem"][0], fact.old)
-        out = []
-        for kind, (prompt, target) in texts.items():
-            whole, head = self.encode(prompt + target), self.encode(prompt)
-            assert whole[:len(head)] == head and len(whole) > len(head), f"no boundary in {prompt + target!r}"
-            out.append(Probe(fact.id, kind, [self.tok.eot, *head], whole[len(head):]))
-        return out
+        return [self.ask(fact, kind, *text) for kind, text in texts.items()]
+
+    def ask(self, fact: Fact, kind: str, prompt: str, target: str, context=()) -> Probe:
+        """The probe of a prompt, as a sentence of its own after the ids of a context."""
+        whole, head = self.encode(prompt + target), self.encode(prompt)
+        assert whole[:len(head)] == head and len(whole) > len(head), f"no boundary in {prompt + target!r}"
+        return Probe(fact.id, kind, [*context, self.tok.eot, *head], whole[len(head):])
 
     def another(self, answer: str) -> str:
         """A different answer of as many tokens."""
@@ -151,14 +147,19 @@ class World:
         if self.answer_tokens == 1:
             return [a for block in range(-(-count // len(self.answers)))
                     for a in shuffled(self.answers, *key, block)][:count]
-        A, codes = len(self.answers), set()
-        while len(codes) < count:
-            drawn = digest((*key, "code", len(codes))) % A ** self.answer_tokens
-            codes.add("".join(self.answers[drawn // A**i % A] for i in range(self.answer_tokens)))
-        return shuffled(codes, *key)
+        A, k, codes = len(self.answers), self.answer_tokens, {}
+        if count > A**k // 2:
+            raise UserError(f"{count} facts need different codes, but {A} answers make {A**k} of {k} "
+                            "tokens; use more --answers or fewer --facts")
+        for draw in itertools.count():
+            n = number((*key, "code", draw))
+            codes["".join(self.answers[n // A**i % A] for i in range(k))] = None
+            if len(codes) == count:
+                return shuffled(codes, *key)
 
 
-def digest(what) -> int:
+def number(what) -> int:
+    """At least 0 and below 2^128, the same on every platform."""
     return int.from_bytes(hashlib.sha256(repr(what).encode()).digest()[:16], "big")
 
 
@@ -170,13 +171,9 @@ def single_tokens(tok) -> tuple[list[str], str]:
     words = list(dict.fromkeys(w for w in texts if re.fullmatch(r"[a-z]{3,}", w)))
     found = [f" {w}" for w, ids in zip(words, tok.encode_batch([f"is {w}" for w in words]), strict=True)
              if len(ids) == 1 + len(tok.encode("is")) and tok.decode(ids[-1:]).strip() == w]
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz" if len(tok.encode(f"is {c}")) == 1
-               + len(tok.encode("is "))]
+    before = len(tok.encode("is "))
+    letters = [c for c in "abcdefghijklmnopqrstuvwxyz" if len(tok.encode(f"is {c}")) == before + 1]
     return (found, "") if len(found) >= len(letters) else (letters, " ")
-
-
-def open_world(tok, level: str = "H1", seed: int = 1, n_answers: int = 0) -> World:
-    return World(tok, level, seed, n_answers)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,12 +185,12 @@ def names(world: World, *key) -> Iterator[str]:
     one of this tokenizer."""
     def invented(key):
         for i in range(10**6):
-            n = digest((*key, "name", i))
+            n = number((*key, "name", i))
             yield "".join(SYLLABLES[n // 100**j % 100] for j in range(3)).capitalize()
 
     def two_words(key):  # for a tokenizer of whole words
         for i in range(10**6):
-            n, m = digest((*key, "name", i)), len(world.words)
+            n, m = number((*key, "name", i)), len(world.words)
             yield (world.words[n % m] + world.words[n // m % m]).strip()
 
     def measured(stream):  # (name, (tokens after a space, tokens at the start))
@@ -215,12 +212,10 @@ def names(world: World, *key) -> Iterator[str]:
 
 def subjects(world: World, count: int, taken, avoid, *key) -> list[str]:
     """`count` names that no fact in `taken` has, and that are not in `avoid`."""
-    used, out = {f.subject for f in taken} | set(avoid), []
-    stream = (n for n in names(world, *key) if n not in used)
-    for name in stream:
-        out.append(name)
-        if len(out) == count:
-            return out
+    used = {f.subject for f in taken} | set(avoid)
+    out = list(itertools.islice((n for n in names(world, *key) if n not in used), count))
+    if len(out) == count:
+        return out
     raise UserError(f"only {len(out)} different names for {count} facts; use fewer facts")
 
 
@@ -263,9 +258,8 @@ def make_pairs(world: World, count: int, seed: int, taken=(), avoid=()) -> list[
         people = dict(zip(same, fresh, strict=True))
         for i, f in enumerate(treated):
             subject = people[f.subject]
-            out.append(Fact(f"{split}{seed}.{f.relation}.{i}", split, i, f.relation, subject, f.answer,
-                            f.order,
-                            old=olds.get(subject, "")))
+            out.append(replace(f, id=f"{split}{seed}.{f.relation}.{i}", split=split, pair=i, subject=subject,
+                               old=olds.get(subject, "")))
     if world.level == "H4":  # the new answer differs from all old ones of its pair
         for i in range(count):
             trio = out[i::count]
@@ -289,14 +283,20 @@ def conflicts(world: World, count: int, loops: int, seed: int, taken=()) -> list
     return out
 
 
-def save_facts(facts: list[Fact]) -> tuple[str, str]:
-    """The text of facts.jsonl and its SHA-256."""
-    text = "".join(json.dumps(asdict(f), sort_keys=True) + "\n" for f in facts)
-    return text, hashlib.sha256(text.encode()).hexdigest()
-
-
 # ------------------------------------------------------------------------------------------------------------
-# Rows and leaks
+# Leaks and rows
+
+
+def new_pairs(world: World, count: int, seed: int, pool, tokens: np.ndarray, avoid=()):
+    """(make_pairs with names that `tokens` do not contain, {name that they do: its place}): a control that
+    stands in the text would be no control. In H4 names are the pool's."""
+    found, avoid = {}, set(avoid)
+    while True:
+        facts = make_pairs(world, count, seed, pool, avoid | set(found))
+        leaks = find_leaks(world, facts, tokens)
+        if not leaks or world.level == "H4":
+            return facts, found
+        found |= {f.subject: leaks[f.id] for f in facts if f.id in leaks}
 
 
 def pack(sentences: list[list[int]], seq_len: int, eot: int, pad_target: int = -1):

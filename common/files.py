@@ -75,6 +75,11 @@ def write_text(path: str, text: str) -> None:
     write_atomically(path, lambda f: f.write(text.encode()))
 
 
+def read_json(path: str):
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
+
+
 def write_json(path: str, value) -> None:
     write_text(path, json.dumps(value, indent=1))
 

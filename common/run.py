@@ -14,7 +14,16 @@ from typing import Literal
 
 from common import checkpoint, distributed
 from common.config import Config, UserError
-from common.files import append_row, make_folder, read_rows, write_atomically, write_text, writing
+from common.files import (
+    append_row,
+    make_folder,
+    read_json,
+    read_rows,
+    write_atomically,
+    write_json,
+    write_text,
+    writing,
+)
 
 import torch
 
@@ -98,22 +107,44 @@ class Run:
         if self.cfg.overwrite:
             return None
         data, saved, step = self.data, None, -1
+        if os.path.exists(self.path("config.json")):  # of a script that saves no checkpoint
+            self.check(read_json(self.path("config.json")))
         # best.pt alone: a kill came between the first evaluation's two saves
         if path := next(filter(os.path.exists, map(self.path, ("last.pt", "best.pt"))), None):
             saved = checkpoint.load(path, ("model", "optimizer", "scaler", "progress", "config", *data))
             step = saved["progress"]["step"]
-            if data["tokenizer"]:
-                checkpoint.check_tokenizer(saved["tokenizer"], self.folder, data["tokenizer"], self.cfg.data)
-            if differences := differences_to(saved, self.cfg, data["data_sha256"]):
-                raise UserError(
-                    f"{self.folder} holds a run with another configuration (at step {step:,}):\n  "
-                    + "\n  ".join(differences) + "\nkeep it and use --name=OTHER, delete it with "
-                    "--overwrite, or train its weights further in a new run with "
-                    f"--init_from={self.folder} --name=OTHER")
+            self.check(saved, f" (at step {step:,})", ", or train its weights further in a new run with "
+                       f"--init_from={self.folder} --name=OTHER")
         if (self.dist.min(step), -self.dist.min(-step)) != (step, step):
             raise UserError(f"not all processes see the same run in {self.folder}: with several machines it "
                             "must be on a disk they share")
         return saved
+
+    def check(self, saved: dict, where: str = "", way_out: str = "") -> None:
+        """UserError if `saved` began with another configuration, tokenizer or data."""
+        if self.data["tokenizer"]:
+            checkpoint.check_tokenizer(saved["tokenizer"], self.folder, self.data["tokenizer"], self.cfg.data)
+        if differences := differences_to(saved, self.cfg, self.data["data_sha256"]):
+            raise UserError(f"{self.folder} holds a run with another configuration{where}:\n  "
+                            + "\n  ".join(differences) + "\nkeep it and use --name=OTHER, delete it with "
+                            "--overwrite" + way_out)
+
+    def finished_parts(self) -> dict[tuple, dict]:
+        """{part: row} of probes.jsonl, for scripts whose parts are atomic and log a row when they end; they
+        save no checkpoint. UserError as in check(). A collective."""
+        path = self.path("config.json")
+        self.find()
+        if self.dist.is_main and (self.cfg.overwrite or not os.path.exists(path)):
+            self.begin(None)
+            write_json(path, {"config": asdict(self.cfg), **self.data})
+        self.dist.min(0.0)  # wait for the main process
+        return {tuple(row.pop("part")): row for row in read_rows(self.path("probes.jsonl"))}
+
+    def finish_part(self, part: tuple, row: dict, done: dict) -> None:
+        """Add a part's row to `done`, what finished_parts() gave, and to probes.jsonl."""
+        done[part] = row
+        if self.dist.is_main:
+            append_row(self.path("probes.jsonl"), {"part": part, **row})
 
     def begin(self, saved: dict | None, keep=lambda row: True) -> None:
         """Resume from `saved`, or delete the old run and start a new one. Resuming drops the rows of LOGS

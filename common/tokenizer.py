@@ -16,7 +16,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from common.config import UserError
-from common.files import write_text
+from common.files import read_json, write_text
 
 import numpy as np
 
@@ -260,11 +260,6 @@ def hugging_face(where: str) -> HuggingFace:
             return HuggingFace(f"hf:{where}", content, vocab[token])
     raise UserError(f"--tokenizer=hf:{where} has no known token that separates documents; name one as "
                     '"eos_token" in a tokenizer_config.json next to tokenizer.json')
-
-
-def read_json(path: str):
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
 
 
 def load(path: str) -> Tokenizer:

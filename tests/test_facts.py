@@ -173,6 +173,16 @@ def test_a_planted_subject_is_found(bpe):
 
 
 def test_too_few_answers_and_names_say_what_to_do(bpe):
-    with pytest.raises(UserError, match="--level=H0"):
+    with pytest.raises(UserError, match="another --level or --answers"):
         World(tokenizer.Bytes(), "H2", 1)
     assert all(re.fullmatch(r"[a-z]", a) for a in World(tokenizer.Bytes(), "H0", 1).answers)
+
+
+def test_codes_all_differ_even_where_draws_collide(bpe):
+    world = World(bpe, "H3", 1, 4)  # 256 codes
+    drawn = world.deal(100, 1)
+    assert len(set(drawn)) == 100 and {len(world.encode(code)) for code in drawn} == {4}
+    with pytest.raises(UserError, match="more --answers"):
+        world.deal(200, 1)
+    with pytest.raises(UserError, match="at least 4 answers"):
+        World(bpe, "H4", 1, 3)

@@ -1,20 +1,23 @@
 """memory_probe.py on a base of 150,000 parameters: signs of a right implementation, controls, resume."""
 import copy
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import base as base_module
 import memory_probe
 from common import probing, stats
 from common.config import ConfigError, UserError
 from common.data import open_text
 from common.facts import World, make_facts, make_pairs
 from common.files import read_rows
-from common.memory_report import analyse, table_of, twin_effects
 from common.stop import StopRequest
 from memory_probe import ProbeConfig, changed, main, probe_steps, schedule
 from model import load_model
+from probes import base as base_module
+from probes.report import analyse, table_of, twin_effects
 from tests.conftest import prepare
 
 import numpy as np
@@ -39,9 +42,9 @@ def config(place, **options) -> ProbeConfig:
     return ProbeConfig(**SMALL | place | options)
 
 
-def effects_of(place, cfg, kind="mem", arm=0):
+def effects_of(place, cfg, kind="mem"):
     rows = read_rows(f"{cfg.out_dir}/{cfg.name}/probes.jsonl")
-    table = table_of(rows, arm, kind)
+    table = table_of(rows, "as it is", kind)
     steps = sorted(next(iter(table.values())))
     return steps, twin_effects(table, steps)
 
@@ -187,6 +190,10 @@ def test_stopped_anywhere_in_any_order_gives_the_same_summary(place, monkeypatch
     monkeypatch.undo()
     assert Path(place["out_dir"], "cut", "summary.json").read_text() == summary
     assert cut["result"] == whole["result"]
+    logged = [[(r["part"], r["step"], r["train_loss"])
+               for r in read_rows(f"{place['out_dir']}/{name}/metrics.jsonl")]
+              for name in ("whole", "cut")]
+    assert logged[0] == logged[1]  # no row lost or doubled
     # seed 2 first, then both
     main(config(place, name="later", **options | {"seed": 2, "seeds": 1, "chaos_seeds": 0}))
     main(config(place, name="later", **options))
@@ -211,6 +218,46 @@ def test_another_configuration_is_refused_and_more_seeds_are_added(place, retent
         changed(cfg, "lrr=3")
 
 
+def test_arms_are_known_by_their_options_not_their_place(place):
+    options = {"name": "arms", "seeds": 1, "chaos_seeds": 0, "steps": 2}
+    row = main(config(place, **options, arm=("lr=0", "lr=1e-3")))
+    log = Path(place["out_dir"], "arms", "probes.jsonl")
+    before = log.read_text()
+    turned = main(config(place, **options, arm=("lr=1e-3",)))
+    assert turned["result"]["arms"] == [row["result"]["arms"][0], row["result"]["arms"][2]]
+    assert main(config(place, **options, arm=("lr=0", "lr=1e-3")))["result"] == row["result"]
+    assert sorted(log.read_text().splitlines()) == sorted(before.splitlines())  # nothing ran again
+    with pytest.raises(ConfigError, match="two arms are the same"):
+        config(place, arm=("lr=0", "lr=0"))
+
+
+def test_a_folder_holds_one_experiment(place):
+    """Whether it saves checkpoints or not, neither replaces the other's results."""
+    main(config(place, name="one", seeds=1, chaos_seeds=0, steps=1))
+    atomic = {"seeds": 1, "experiment": "artefacts", "artefacts": ("last_token",)}
+    main(config(place, name="other", **atomic))
+    for name, options in (("one", atomic), ("other", {"seeds": 1})):
+        kept = Path(place["out_dir"], name, "probes.jsonl").read_text()
+        with pytest.raises(UserError, match="experiment: "):
+            main(config(place, name=name, **options))
+        assert Path(place["out_dir"], name, "probes.jsonl").read_text() == kept
+
+
+def test_two_processes_find_what_one_finds(place, retention):
+    """On the cached base, with an own optimiser state, so that sums differ in rounding alone."""
+    cfg = config(place, name="two", seeds=1, steps=5, chaos_seeds=0)
+    flags = [f"--{k}={v}" for k, v in (SMALL | place | {"name": "two", "seeds": 1, "steps": 5,
+                                                       "chaos_seeds": 0}).items()]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    "memory_probe.py", *flags], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                   capture_output=True, text=True, timeout=300)
+    main(replace(cfg, name="one_of_two"))
+    steps, two = effects_of(place, cfg)
+    _, one = effects_of(place, replace(cfg, name="one_of_two"))
+    np.testing.assert_allclose(two[1], one[1], atol=2e-3)
+    assert abs(one[1]).max() > 1
+
+
 def test_a_name_in_the_text_is_named_and_avoided(place, tmp_path, capsys):
     text = open_text(place["data"])
     world = World(text.tok, "H0", 1)
@@ -220,7 +267,7 @@ def test_a_name_in_the_text_is_named_and_avoided(place, tmp_path, capsys):
     said = np.array(text.tok.encode(f" The sign of {planted.subject} is{planted.answer}."),
                     dtype=text.train.dtype)
     leaky = text._replace(train=np.concatenate((text.train[:1000], said, text.train[1000:])))
-    facts = memory_probe.facts_of(cfg, 1, world, leaky)[1]
+    facts = memory_probe.facts_of(cfg, 1, world, make_facts(world, "pool", 32, 1), leaky)
     out = capsys.readouterr().out
     assert planted.subject in out and "token 1,00" in out
     assert planted.subject not in {f.subject for f in facts}
@@ -235,6 +282,10 @@ def test_a_method_of_strength_zero_is_the_baseline(place, method, options):
     curves = [{(g, kind): e["mean"] for g, entry in r["groups"].items() for kind, e in entry["kinds"].items()}
               for r in results]
     assert curves[0] == curves[1]
+    if method == "ewc":  # and of a strength that holds everything, it is not
+        strong = main(config(place, name="strong", **common, method="ewc",
+                             ewc_lambda=1e6))["result"]["arms"][0]
+        assert strong["groups"]["cohort1"]["kinds"]["mem"]["mean"] != curves[0]["cohort1", "mem"]
 
 
 def test_rows_leaves_everything_else_alone(place, retention):
@@ -272,21 +323,20 @@ def planted(cfg, effect: float, seeds: int, rng) -> list[dict]:
                 logp[own] += gain * (step >= cfg.lead + length)
                 hit = np.zeros(level.shape, dtype=int)
                 hit[own] = (gain > 3) * (step >= cfg.lead + length)
-                rows += [{"part": [0, seed, twin], "step": step, "kind": kind,
-                          "logp": logp.flatten().tolist(),
-                          "hit": hit.flatten().tolist(), "unseen_confidence": 0.1}
-                          for kind in ("mem", "para")]
+                found = {"logp": logp.flatten().tolist(), "hit": hit.flatten().tolist()}
+                rows.append({"part": ["as it is", seed, twin], "step": step, "unseen_confidence": 0.1,
+                             "kinds": {"mem": found, "para": found}})
     return rows
 
 
 def facts_for(cfg):
-    return [{"arm": 0, "split": "treated", "group": g, "answer": str(i % 16)} for i,
-            g in enumerate(schedule(cfg)[0])]
+    return [{"arm": "as it is", "split": "treated", "group": g, "answer": str(i % 16)}
+            for i, g in enumerate(schedule(cfg)[0])]
 
 
 def verdicts(cfg, effect, rng, seeds=6):
     plan = (schedule(cfg), probe_steps(cfg, schedule(cfg)))
-    arm = analyse("as it is", cfg, plan, planted(cfg, effect, seeds, rng), 0, facts_for(cfg))
+    arm = analyse("as it is", cfg, plan, planted(cfg, effect, seeds, rng), facts_for(cfg))
     return arm["groups"]["once"]["kinds"]["mem"]["at"]
 
 

@@ -152,7 +152,7 @@ def into(path: Path, place: str, text: str, before: bool = False) -> None:
 
 def copy_with_ideas(folder: Path, leave_out: str = "") -> None:
     """A copy of the repository with the README's examples, put where the README says, but for one."""
-    for path in (*Path(".").glob("*.py"), *Path("common").glob("*.py"), *Path("config").glob("*.py")):
+    for path in (p for folder in (".", "common", "config", "probes") for p in Path(folder).glob("*.py")):
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text())

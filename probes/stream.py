@@ -16,24 +16,21 @@ K(+d) is the mean D at distance d behind b, which is ahead in reading order, K(-
 on far text. What the topic explains is symmetric. Memory of the order is an asymmetry K(+d) - K(-d) below 0
 that goes when the stretch's tokens are shuffled.
 """
-import contextlib
 import itertools
 import re
 import time
 from typing import NamedTuple
 
-from base import base_config, carries, finished_parts, load_base, make_base, split_batch
 from common import stats
 from common.config import UserError
 from common.console import StepBar
 from common.distributed import choose_dtype
-from common.facts import make_facts
-from common.files import append_row, write_text
-from common.memory_report import describe_effect, verdict
-from common.step import NotFinite, backward, update, wrap
+from common.step import backward, update, wrap
 from common.tables import grid, new_figure, save_figure
 from common.tokenizer import EOT
 from muon import set_learning_rates
+from probes.base import bases_of, carries, load_base, named, split_batch
+from probes.effects import band, between, cells, describe, early_and_late, judge, pooled, said, write_report
 
 import numpy as np
 import torch
@@ -82,11 +79,8 @@ class Stream(NamedTuple):
 
 def lags_of(cfg) -> list[int]:
     """Steps after a sentence left the window: 0, 1, 2, 3, 5, 8, ... up to the length of ten windows."""
-    passing, grid, a, b = -(-cfg.window_size // cfg.stride), {0}, 1, 2
-    while a < 10 * passing:
-        grid.add(a)
-        a, b = b, a + b
-    return sorted(grid | {passing, 10 * passing})
+    passing = -(-cfg.window_size // cfg.stride)
+    return sorted({passing, *early_and_late(10 * passing)})
 
 
 def make_stream(cfg, found: list[Sentence], seed: int, eot: int) -> Stream:
@@ -229,7 +223,7 @@ def pass_through(cfg, seed: int, stream: Stream, base: dict, tok, run, stop, bar
 
 def window(cfg, arms, labels, text, worlds, run, stop):
     """All seeds of all arms: (summary, words), or None if asked to stop."""
-    done, found = finished_parts(cfg, run), sentences_of(text)
+    done, found = run.finished_parts(), sentences_of(text)
     keys = list(itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), range(len(arms))))
     streams = {(s, a): make_stream(arms[a], found, s, text.tok.eot) for s, a in keys}
     todo = [(s, a) for s, a in keys if (labels[a], s) not in done]
@@ -239,15 +233,16 @@ def window(cfg, arms, labels, text, worlds, run, stop):
     steps = sum(streams[key].steps for key in keys)
     with StepBar(steps - sum(streams[key].steps for key in todo), steps, run.dist.is_main) as bar:
         for s, a in todo:
-            with named(part := (labels[a], s)):
+            with named(f"{labels[a]}, seed {s}"):
                 row = pass_through(arms[a], s, streams[s, a], bases[a], text.tok, run, stop, bar)
-            if not keep(part, row, done, run):
+            if row is None:
                 return None
+            run.finish_part((labels[a], s), row, done)
     rows = [{s: done[label, s] for s in range(cfg.seed, cfg.seed + cfg.seeds)} for label in labels]
     analysed = [analyse_window(cfg, *each) for each in zip(arms, labels, rows, strict=True)]
     logp = [{s: gains(r)[3, :, 0] for s, r in by_seed.items()} for by_seed in rows]
     words = [*map(words_of_window, analysed), *between(logp, labels, cfg.bound, "log p, leaving the window")]
-    return files(run, table_of_window(analysed), words, lambda path: draw_window(analysed, path),
+    return write_report(run, table_of_window(analysed), words, lambda path: draw_window(analysed, path),
                  {"arms": analysed, "counts": {"parts": len(keys), "steps": steps}})
 
 
@@ -270,7 +265,7 @@ def analyse_window(cfg, arm, label: str, rows: dict[int, dict]) -> dict:
         out["scores"][name] = entry = {
             "before": before[k].tolist(), "streamed": after[k, 0].tolist(), "never": after[k, 1].tolist(),
             "mean": mean, "half": half,
-            "at": {str(lag): effect_of([e[k][:, lags.index(lag)] for e in effects], cfg.bound)
+            "at": {str(lag): describe([e[k][:, lags.index(lag)] for e in effects], cfg.bound)
                    for lag in dict.fromkeys((0, passing, 10 * passing))}}
         judge(list(entry["at"].values()), cfg.bound)
     return out
@@ -389,7 +384,7 @@ def retrain(cfg, seed: int, i: int, base: dict, tokens, run, stop, bar: StepBar)
 
 def trace(cfg, arms, labels, text, worlds, run, stop):
     """All stretches of all seeds of all arms: (summary, words), or None if asked to stop."""
-    done, seeds = finished_parts(cfg, run), range(cfg.seed, cfg.seed + cfg.seeds)
+    done, seeds = run.finished_parts(), range(cfg.seed, cfg.seed + cfg.seeds)
     keys = [(s, a, i) for s in seeds for a, c in enumerate(arms) for i in range(c.intervals)]
     for s, a, i in keys:
         places_of(arms[a], text.train, s, i)  # before a base is trained for nothing
@@ -399,16 +394,17 @@ def trace(cfg, arms, labels, text, worlds, run, stop):
         return None
     with StepBar(3 * (len(keys) - len(todo)), 3 * len(keys), run.dist.is_main) as bar:
         for s, a, i in todo:
-            with named(part := (labels[a], s, i)):
+            with named(f"{labels[a]}, seed {s}, stretch {i + 1}"):
                 row = retrain(arms[a], s, i, bases[a], text.train, run, stop, bar)
-            if not keep(part, row, done, run):
+            if row is None:
                 return None
+            run.finish_part((labels[a], s, i), row, done)
     rows = [{s: [done[label, s, i]["retrained"] for i in range(c.intervals)] for s in seeds}
             for c, label in zip(arms, labels, strict=True)]
     analysed = [analyse_trace(cfg, *each) for each in zip(arms, labels, rows, strict=True)]
     found = [{s: asymmetries(r, "sequence") for s, r in by_seed.items()} for by_seed in rows]
     words = [*map(words_of_trace, analysed), *between(found, labels, cfg.bound, "ahead - before", pooled)]
-    return files(run, table_of_trace(analysed), words, lambda path: draw_trace(analysed, path),
+    return write_report(run, table_of_trace(analysed), words, lambda path: draw_trace(analysed, path),
                  {"arms": analysed, "counts": {"parts": len(keys)}})
 
 
@@ -441,95 +437,7 @@ def analyse_trace(cfg, arm, label: str, rows: dict[int, list[dict]]) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Parts and effects
-
-
-def bases_of(arms, needed: list[int], text, worlds, run, stop) -> dict[int, dict] | None:
-    """{arm: its base} of the arms in `needed`; None if asked to stop."""
-    bases = {}
-    for a in dict.fromkeys(needed):
-        pool = make_facts(worlds[a], "pool", arms[a].pool, arms[a].base_seed) if arms[a].pool else []
-        bases[a] = make_base(base_config(arms[a]), text, worlds[a], pool, run.dist, stop)
-        if bases[a] is None:
-            return None
-    return bases
-
-
-@contextlib.contextmanager
-def named(part: tuple):
-    """Say which part's loss was not finite."""
-    try:
-        yield
-    except NotFinite as e:
-        raise UserError(f"{part[0]}, seed {part[1]}: {e}; use a lower --lr") from None
-
-
-def keep(part: tuple, row: dict | None, done: dict, run) -> bool:
-    """Add a finished part to `done` and probes.jsonl; False if it was stopped."""
-    if row is None:
-        return False
-    done[part] = row
-    if run.dist.is_main:
-        append_row(run.path("probes.jsonl"), {"part": part, **row})
-    return True
-
-
-def pooled(values: list[np.ndarray], bound: float) -> dict:
-    """describe_effect with items as the unit, for seeds that do no more than draw more of them. `over_seeds`
-    is the more cautious one, with seeds as the unit."""
-    e, cautious = describe_effect([np.concatenate(values)], bound), describe_effect(values, bound)
-    return e | {"seeds": len(values), "items": cautious["items"],
-                "over_seeds": {k: cautious[k] for k in ("low", "high", "p")}}
-
-
-def effect_of(values: list[np.ndarray], bound: float) -> dict:
-    """describe_effect; but where seeds agree exactly, as shares do by chance, items are the unit."""
-    e = describe_effect(values, bound)
-    return pooled(values, bound) if len(values) > 1 and e["low"] == e["high"] else e
-
-
-def band(curves: list[np.ndarray]) -> tuple[list[float], list[float]]:
-    """(mean, half of its 95 % t interval) at each point of curves (items, T), one per seed."""
-    units = np.stack([c.mean(axis=0) for c in curves]) if len(curves) > 1 else curves[0]
-    found = [stats.paired_difference(u, np.zeros(len(u))) for u in units.T]
-    return [float(e.mean) for e in found], [float(e.high - e.low) / 2 for e in found]
-
-
-def judge(effects: list[dict], bound: float) -> None:
-    for e, p in zip(effects, stats.holm([e["p"] for e in effects]), strict=True):
-        e["p_holm"] = p
-        e["verdict"] = verdict(e, bound, 0.0)
-
-
-def between(values: list[dict], labels: list[str], bound: float, what: str, effect=effect_of) -> list[str]:
-    """Each arm against the first, item by item; values[arm] is {seed: (items,)}. Arms of other sizes are left
-    out."""
-    out = [(label, effect([mine[s] - values[0][s] for s in mine], bound))
-           for label, mine in zip(labels[1:], values[1:], strict=True)
-           if all(mine[s].shape == values[0][s].shape for s in mine)]
-    judge([e for _, e in out], bound)
-    return [f"{label} - {labels[0]}, {what}: {said(e)}" for label, e in out]
-
-
-# ------------------------------------------------------------------------------------------------------------
 # Words, tables, figures
-
-
-def said(e: dict) -> str:
-    return (f"{e['mean']:+.3g}, 95 % interval {e['low']:+.3g} to {e['high']:+.3g}, p {e['p_holm']:.2g} "
-            f"(Holm), detectable {e['detectable']:.2g}: {e['verdict']}")
-
-
-def cells(e: dict) -> list[str]:
-    return [*(f"{e[key]:+.3g}" for key in ("mean", "low", "high")), f"{e['p_holm']:.2g}", e["verdict"]]
-
-
-def files(run, table: str, words: list[str], draw, summary: dict) -> tuple[dict, str]:
-    text = "\n".join(words)
-    if run.dist.is_main:
-        write_text(run.path("table.md"), f"{table}\n\n{text.strip()}\n")
-        draw(run.path("effect.png"))
-    return summary, f"{text}\nin {run.folder}: table.md, effect.png, summary.json"
 
 
 def words_of_window(a: dict) -> str:

@@ -1,13 +1,11 @@
-"""stream_probe.py against computations by hand, on a tiny model; planted effects are found."""
+"""probes/stream.py against computations by hand, on a tiny model; planted effects are found."""
 import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import memory_probe
-import stream_probe
 import train
-from base import architecture
 from common.config import ConfigError, UserError
 from common.data import open_text
 from common.distributed import Dist
@@ -15,7 +13,18 @@ from common.files import read_rows
 from common.run import Run
 from memory_probe import ProbeConfig, changed
 from model import load_model
-from stream_probe import Places, lags_of, make_stream, profile, reading, sentences_of, stride_of, token_losses
+from probes import stream
+from probes.base import architecture
+from probes.stream import (
+    Places,
+    lags_of,
+    make_stream,
+    profile,
+    reading,
+    sentences_of,
+    stride_of,
+    token_losses,
+)
 from train import TrainConfig
 
 import numpy as np
@@ -49,7 +58,7 @@ def measure(place, cfg, parts=99):
     arms = [architecture(c, place.text.meta) for c in (cfg, *(changed(cfg, a) for a in cfg.arm))]
     with Run(replace(arms[0], arm=cfg.arm), CPU, "memory_probe") as run:
         stop = SimpleNamespace(agreed=lambda dist: len(read_rows(run.path("probes.jsonl"))) >= parts)
-        experiment = getattr(stream_probe, cfg.experiment)
+        experiment = getattr(stream, cfg.experiment)
         return experiment(cfg, arms, ["as it is", *cfg.arm], place.text, [None] * len(arms), run, stop)
 
 
@@ -91,7 +100,7 @@ def test_scores_equal_one_sentence_at_a_time_and_a_greedy_loop(place):
         optimizer.step()
         optimizer.zero_grad()
     contexts = [place.found[40].ids if i % 3 == 0 else [] for i in range(len(some))]
-    found = stream_probe.ask(model, contexts, some, tok, CPU.device)
+    found = stream.ask(model, contexts, some, tok, CPU.device)
     assert model.training
     model.eval()
     expected = [one_by_one(model, c, s, tok) for c, s in zip(contexts, some, strict=True)]
@@ -103,12 +112,12 @@ def test_scores_equal_one_sentence_at_a_time_and_a_greedy_loop(place):
 def test_a_longer_word_is_another_word(place, monkeypatch):
     """The tokens of "in" are right in both cases, but one greedy text goes on to "inside"."""
     tok = place.text.tok
-    s = stream_probe.Sentence([], 0, tok.encode(" in"), "in")
+    s = stream.Sentence([], 0, tok.encode(" in"), "in")
     for text, right in ((" inside", False), (" in the", True), (" it", False)):
         ids = tok.encode(text)
-        monkeypatch.setattr(stream_probe, "read", lambda model, asked, pad, device, ids=ids:
+        monkeypatch.setattr(stream, "read", lambda model, asked, pad, device, ids=ids:
                             [(0.0, [ids[len(prompt) - 1]]) for prompt, _ in asked])
-        assert stream_probe.says(None, [[tok.eot]], [[]], [s], tok, None) == [right], text
+        assert stream.says(None, [[tok.eot]], [[]], [s], tok, None) == [right], text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -147,7 +156,7 @@ def test_a_planted_memory_is_found_and_a_rate_of_0_leaves_nothing(place, monkeyp
         again = 4 + np.arange(len(stream.x)) % 8
         return stream._replace(x=stream.x[again], y=stream.y[again])
 
-    monkeypatch.setattr(stream_probe, "make_stream", measured_alone)
+    monkeypatch.setattr(stream, "make_stream", measured_alone)
     summary, words = measure(place, config(place, "planted", **WINDOW | {"seeds": 3}, lr=1e-2, arm=("lr=0",)))
     strong, none = (a["scores"] for a in summary["arms"])
     assert strong["log p"]["at"]["20"]["mean"] > 2 and strong["log p"]["at"]["20"]["verdict"] == "signal"
@@ -163,13 +172,13 @@ def test_a_planted_memory_is_found_and_a_rate_of_0_leaves_nothing(place, monkeyp
 def test_update_factors_scale_what_is_applied(place, monkeypatch):
     model = load_model(f"{place.out}/base")[0]
     cfg = SimpleNamespace(lr_profile="random", n_layers=2)
-    for p, factor in stream_probe.rate_factors(cfg, model, 1).items():
+    for p, factor in stream.rate_factors(cfg, model, 1).items():
         assert p.dim() == 2 and set(factor.unique().tolist()) == {1.0, 10.0}
         assert abs((factor == 10).float().mean() - 0.1) < 0.03
     cfg.lr_profile, names = "depth", {p: n for n, p in model.named_parameters()}
-    layers = {names[p][:7]: f for p, f in stream_probe.rate_factors(cfg, model, 1).items()}
+    layers = {names[p][:7]: f for p, f in stream.rate_factors(cfg, model, 1).items()}
     assert layers == {"trunk.0": pytest.approx(0.1), "trunk.1": pytest.approx(10)}
-    monkeypatch.setattr(stream_probe, "rate_factors", lambda cfg, m, seed: dict.fromkeys(m.parameters(), 0.0))
+    monkeypatch.setattr(stream, "rate_factors", lambda cfg, m, seed: dict.fromkeys(m.parameters(), 0.0))
     summary, _ = measure(place, config(place, "still", **WINDOW | {"seeds": 1}, lr=2e-2))
     assert all(v == 0 for v in summary["arms"][0]["scores"]["log p"]["mean"])  # nothing was applied
 
@@ -225,7 +234,7 @@ def test_a_planted_asymmetry_is_found_with_its_sign(place, monkeypatch, sign):
         return {"sequence": np.asarray(ahead if sign < 0 else behind), "shuffled": np.asarray(tokens[:96]),
                 "elsewhere": np.asarray(tokens[-96:])}
 
-    monkeypatch.setattr(stream_probe, "texts_of", texts)
+    monkeypatch.setattr(stream, "texts_of", texts)
     cfg = config(place, f"planted{sign}", **TRACE | {"intervals": 4, "retrain_steps": 8}, lr=1e-2)
     summary, words = measure(place, cfg)
     e = summary["arms"][0]["retrained"]["sequence"]["asymmetry"]
@@ -268,5 +277,5 @@ def test_what_cannot_be_measured_is_refused(place):
         measure(place, config(place, "short", **TRACE | {"reach": 20000}))
     with pytest.raises(UserError, match=r"as it is, seed 1: loss .*not applied; use a lower --lr"):
         measure(place, config(place, "broken", **WINDOW, lr=1e12))
-    assert memory_probe.OTHERS["window"] is stream_probe.window
-    assert memory_probe.OTHERS["trace"] is stream_probe.trace
+    assert memory_probe.OTHERS["window"] is stream.window
+    assert memory_probe.OTHERS["trace"] is stream.trace

@@ -5,15 +5,15 @@
 A model that has not learned what facts look like learns that first, and a probe would measure it (the
 plateau of Zucchet 2025, 2503.21676). So training ends at the gate, not after a number of steps: when the
 base answers a share `gate` of its pool in the trained, the held-out and the question wording (and with
-context_share as many questions about facts that only its context states). The pool's
-rows are packed full of sentences; with one sentence a row the plateau lasts for thousands of steps.
+context_share as many questions about facts that only its context states). The pool's rows are packed full of
+sentences; with one sentence a row the plateau lasts for thousands of steps.
 """
+import contextlib
 import copy
 import itertools
-import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
 from common import checkpoint, probing
@@ -21,10 +21,9 @@ from common.config import UserError
 from common.console import StepBar, say
 from common.data import Text, Windows
 from common.distributed import Dist, choose_dtype
-from common.facts import LEVELS, QUESTIONS, STATEMENTS, WORDINGS, Fact, Probe, World, names, pack
-from common.files import read_rows, write_json
+from common.facts import LEVELS, QUESTIONS, STATEMENTS, WORDINGS, Fact, Probe, World, make_facts, names, pack
 from common.run import Run, RunConfig, digest
-from common.step import backward, update, wrap
+from common.step import NotFinite, backward, update, wrap
 from model import LM, ModelConfig
 from muon import OptimizerConfig, make_optimizer, set_learning_rates
 
@@ -147,8 +146,7 @@ def context_names(world: World, pool: list[Fact], seed: int) -> tuple[list[str],
     found = list(itertools.islice((s for s in names(world, seed, "context") if s not in known), n))
     if len(found) < n:
         raise UserError(f"the tokenizer {world.tok.name} has names for {len(found)} facts, and a base that "
-                        "reads from "
-                        f"its context needs {n}; use one with more words")
+                        f"reads from its context needs {n}; use one with more words")
     return found[:NAMES], found[NAMES:]
 
 
@@ -184,16 +182,9 @@ def context_probes(world: World, people: list[str]) -> list[Probe]:
         said = rng.choice(len(STATEMENTS), CONTEXT_FACTS, replace=False).tolist()
         context = sum(world.sentences(list(zip(facts, said, strict=True))), [])
         wording = int(rng.choice([w for w in range(FORWARD) if w not in said]))
-        out.append(asked_after(world, context, facts[rng.integers(CONTEXT_FACTS)], wording, "context"))
+        fact = facts[rng.integers(CONTEXT_FACTS)]
+        out.append(world.ask(fact, "context", *world.prompt(fact, wording), context))
     return out
-
-
-def asked_after(world: World, context: list[int], fact: Fact, wording: int, kind: str) -> Probe:
-    """A fact asked after these ids, as a sentence of its own."""
-    prompt, target = world.prompt(fact, wording)
-    whole, head = world.encode(prompt + target), world.encode(prompt)
-    assert whole[:len(head)] == head and len(whole) > len(head), f"no boundary in {prompt + target!r}"
-    return Probe(fact.id, kind, [*context, world.tok.eot, *head], whole[len(head):])
 
 
 def background(windows: Windows, step: int, cfg: BaseConfig):
@@ -207,80 +198,114 @@ def split_batch(x, y, cfg: BaseConfig, dist: Dist) -> list:
     return list(zip(*(z.split(cfg.micro_batch_size or len(z)) for z in mine), strict=True))
 
 
+def gate_probes(cfg: BaseConfig, world: World, pool: list[Fact]) -> list[Probe]:
+    """What a base must answer, each kind in a share `gate`: its pool, and with context_share its contexts."""
+    asked = [p for fact in pool for p in world.probes(fact) if p.kind in ("mem", "para", "qa")]
+    return asked + (context_probes(world, context_names(world, pool, cfg.seed)[1]) if cfg.context_rows
+                    else [])
+
+
+@dataclass
+class Standing:
+    """Where the training of a base stands."""
+    step: int = 0
+    recall: float = 0.0  # the smallest of `recalls`
+    recalls: dict = field(default_factory=dict)  # share answered, by kind of probe
+
+
+def train_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], model: LM, optimizer, scaler,
+               run: Run,
+               at: Standing, stop) -> bool:
+    """Train to the gate, or base_steps; False if asked to stop. Ends with a save."""
+    dist, dtype = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0]
+    net, windows = wrap(model, False, dist), Windows(text.train, cfg.max_seq_len, cfg.seed)
+    sentences, asked = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))), \
+        gate_probes(cfg, world, pool)
+    kinds, prepared = np.array([p.kind for p in asked]), probing.batches(asked, text.tok.eot, dist.device)
+    people = context_names(world, pool, cfg.seed)[0] if cfg.context_rows else []
+    stopping = False
+    with StepBar(at.step, cfg.base_steps, dist.is_main) as bar:
+        while at.step < cfg.base_steps and at.recall < cfg.gate and not stopping:
+            began = time.perf_counter()
+            x, y = background(windows, at.step, cfg)  # (B, T) each
+            x[:cfg.pool_rows], y[:cfg.pool_rows] = pool_batch(sentences, cfg.pool_rows, at.step, cfg,
+                                                              text.tok.eot)
+            if n := cfg.context_rows:
+                x[-n:], y[-n:] = context_batch(world, people, n, at.step, cfg)
+            set_learning_rates(optimizer, cfg, at.step, cfg.base_steps)
+            loss = backward(net, split_batch(x, y, cfg, dist), dist, dtype, scaler)
+            update(model, optimizer, scaler, cfg.grad_clip, loss)
+            at.step += 1
+            if at.step % 50 == 0 or at.step == cfg.base_steps:
+                hits = probing.score(model, prepared, world.answer_ids).hit
+                at.recalls = {kind: float(hits[kinds == kind].mean())
+                              for kind in dict.fromkeys(kinds.tolist())}
+                at.recall = min(at.recalls.values())
+                run.metrics(step=at.step, train_loss=loss.item(), recall=at.recall, **at.recalls)
+            run.seconds += time.perf_counter() - began
+            bar.tick(time.perf_counter() - began)
+            bar.show(f"base: loss {loss.item():.3f}, recall of the pool {at.recall:.2f} of {cfg.gate:.2f}")
+            stopping = stop.agreed(dist)
+            if not stopping and run.save_is_due(cfg.save_minutes):
+                run.save("last.pt", model, optimizer, scaler, **asdict(at))
+    run.save("last.pt", model, optimizer, scaler, **asdict(at))
+    dist.min(0.0)  # the others read what the main process saved
+    return not stopping
+
+
 def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist: Dist, stop) -> dict | None:
     """The checkpoint of a base that knows the pool, trained here unless cached. None if asked to stop."""
     if not pool:
         return checkpoint.load(cfg.base, keys=("model", "config", "optimizer"))
-    dtype, T = choose_dtype(cfg.dtype, dist.device)[0], cfg.max_seq_len
     sha256, path = text.meta["splits"]["train"]["sha256"], os.path.join(cfg.out_dir, cfg.name, "last.pt")
     if os.path.exists(path):  # without the lock: several scripts may read one base
         saved = checkpoint.load(path, keys=("model", "config", "optimizer", "progress", "data_sha256"))
         if saved["progress"]["recall"] >= cfg.gate and saved["data_sha256"] == sha256:
             return saved
     with Run(cfg, dist, "memory_probe", text.meta["tokenizer"], sha256) as run:
-        saved = run.find()
+        saved, at, dtype = run.find(), Standing(), choose_dtype(cfg.dtype, dist.device)[0]
         torch.manual_seed(cfg.seed)
         model = LM(cfg).to(dist.device)
         optimizer = make_optimizer(model, cfg)
         scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-        step, recall, recalls, net = 0, 0.0, {}, wrap(model, False, dist)
         if saved:
             run.restore(saved, model, optimizer, scaler)
-            step, recall = saved["progress"]["step"], saved["progress"]["recall"]
-            recalls = saved["progress"].get("recalls", {})
+            at = Standing(**{f.name: saved["progress"][f.name] for f in fields(Standing)
+                             if f.name in saved["progress"]})
         elif cfg.base:
             checkpoint.load_weights(model, checkpoint.load(cfg.base)["model"], cfg.base)
-        run.begin(saved, lambda row: row["step"] <= step)
+        run.begin(saved, lambda row: row["step"] <= at.step)
         if dist.is_main:
             text.tok.save(run.folder)
-        windows, eot = Windows(text.train, T, cfg.seed), text.tok.eot
-        sentences = world.sentences(list(itertools.product(pool, range(len(WORDINGS)))))
-        asked = [p for fact in pool for p in world.probes(fact) if p.kind in ("mem", "para", "qa")]
-        people, others = context_names(world, pool, cfg.seed) if cfg.context_rows else ([], [])
-        asked += context_probes(world, others)
-        kinds = np.array([p.kind for p in asked])
-        prepared = probing.batches(asked, eot, dist.device)
-        with StepBar(step, cfg.base_steps, dist.is_main) as bar:
-            while step < cfg.base_steps and recall < cfg.gate:
-                began = time.perf_counter()
-                x, y = background(windows, step, cfg)  # (B, T) each
-                x[:cfg.pool_rows], y[:cfg.pool_rows] = pool_batch(sentences, cfg.pool_rows, step, cfg, eot)
-                if n := cfg.context_rows:
-                    x[-n:], y[-n:] = context_batch(world, people, n, step, cfg)
-                set_learning_rates(optimizer, cfg, step, cfg.base_steps)
-                loss = backward(net, split_batch(x, y, cfg, dist), dist, dtype, scaler)
-                update(model, optimizer, scaler, cfg.grad_clip, loss)
-                step += 1
-                if step % 50 == 0 or step == cfg.base_steps:
-                    hits = probing.score(model, prepared, world.answer_ids).hit
-                    recalls = {kind: float(hits[kinds == kind].mean())
-                               for kind in dict.fromkeys(kinds.tolist())}
-                    recall = min(recalls.values())
-                    run.metrics(step=step, train_loss=loss.item(), recall=recall, **recalls)
-                run.seconds += time.perf_counter() - began
-                bar.tick(time.perf_counter() - began)
-                bar.show(f"base: loss {loss.item():.3f}, recall of the pool {recall:.2f} of {cfg.gate:.2f}")
-                stopping = stop.agreed(dist)
-                if stopping or run.save_is_due(cfg.save_minutes):
-                    run.save("last.pt", model, optimizer, scaler, step=step, recall=recall, recalls=recalls)
-                if stopping:
-                    return None
-        run.save("last.pt", model, optimizer, scaler, step=step, recall=recall, recalls=recalls)
-        if recall < cfg.gate:
-            found = ", ".join(f"{kind} {value:.2f}" for kind, value in recalls.items())
+        if not train_base(cfg, text, world, pool, model, optimizer, scaler, run, at, stop):
+            return None
+        if at.recall < cfg.gate:
+            found = ", ".join(f"{kind} {value:.2f}" for kind, value in at.recalls.items())
             share = "--context_share or --pool_share" if cfg.context_rows else "--pool_share"
-            raise BelowGate(f"after {step:,} steps the base in {run.folder} answers {recall:.0%} in one of "
-                            "its "
-                            f"wordings, not {cfg.gate:.0%} ({found}): this endpoint does not work, and no "
-                            f"verdict would mean anything\ntry a larger {share}, a smaller --pool or "
-                            "--level, a "
-                            "higher --base_lr, or more --base_steps")
+            raise BelowGate(f"after {at.step:,} steps the base in {run.folder} answers {at.recall:.0%} in "
+                            f"one of its wordings, not {cfg.gate:.0%} ({found}): this endpoint does not "
+                            f"work, and no verdict would mean anything\ntry a larger {share}, a smaller "
+                            "--pool or --level, a higher --base_lr, or more --base_steps")
         if dist.is_main:
-            say(f"base {run.folder}: {model.count_parameters()['total']:,} parameters, answers {recall:.1%} "
-                "of "
-                f"{len(pool)} pool facts in every wording after {step:,} steps")
-        run.finish("finished", {"steps": step}, {"recall": recall}, dtype)
+            say(f"base {run.folder}: {model.count_parameters()['total']:,} parameters, answers "
+                f"{at.recall:.1%} of {len(pool)} pool facts in every wording after {at.step:,} steps")
+        run.finish("finished", {"steps": at.step}, {"recall": at.recall}, dtype)
         return checkpoint.load(run.path("last.pt"))
+
+
+def pool_of(cfg: BaseConfig, world: World) -> list[Fact]:
+    return make_facts(world, "pool", cfg.pool, world.seed) if cfg.pool else []
+
+
+def bases_of(arms: list, needed: list[int], text: Text, worlds: list[World], run: Run, stop) -> dict | None:
+    """{arm: its base} of the arms in `needed`; None if asked to stop."""
+    bases = {}
+    for a in dict.fromkeys(needed):
+        pool = pool_of(arms[a], worlds[a])
+        bases[a] = make_base(base_config(arms[a]), text, worlds[a], pool, run.dist, stop)
+        if bases[a] is None:
+            return None
+    return bases
 
 
 def load_base(cfg, base: dict, dist: Dist, carry: bool):
@@ -303,21 +328,10 @@ def carries(cfg) -> bool:
     return cfg.state == "carry" and cfg.optimizer == cfg.base_optimizer
 
 
-def finished_parts(cfg, run: Run) -> dict[tuple, dict]:
-    """{part: row} of probes.jsonl, for experiments whose parts are atomic: each adds its row when it ends.
-    UserError if the folder's run had another configuration."""
-    path, log = run.path("config.json"), run.path("probes.jsonl")
-    if run.dist.is_main:
-        for old in (path, log) if cfg.overwrite else ():
-            if os.path.exists(old):
-                os.remove(old)
-        if os.path.exists(path):
-            with open(path) as f:
-                if differences := cfg.differences(json.load(f)):
-                    raise UserError(f"{run.folder} holds a run with another configuration:\n  "
-                                    + "\n  ".join(differences) + "\nkeep it and use --name=OTHER, or delete "
-                                                                 "it with "
-                                    "--overwrite")
-        else:
-            write_json(path, asdict(cfg))
-    return {tuple(row["part"]): row for row in read_rows(log)}
+@contextlib.contextmanager
+def named(what: str):
+    """Say whose loss was not finite."""
+    try:
+        yield
+    except NotFinite as e:
+        raise UserError(f"{what}: {e}; use a lower --lr") from None

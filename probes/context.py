@@ -24,28 +24,28 @@ import time
 from collections import Counter
 from dataclasses import replace
 
-from base import (
-    BelowGate,
-    asked_after,
-    background,
-    carries,
-    context_names,
-    finished_parts,
-    load_base,
-    passing_facts,
-    split_batch,
-)
 from common import probing, stats
 from common.config import UserError
 from common.console import StepBar, say
 from common.data import Windows
 from common.distributed import choose_dtype
-from common.facts import TRAINED, Fact, Probe, World, find_leaks, make_facts, make_pairs, pack
-from common.memory_report import describe_effect
+from common.facts import TRAINED, Fact, Probe, World, new_pairs, pack
 from common.step import backward, next_token_loss, update, wrap
 from common.tables import grid, new_figure, save_figure
 from muon import set_learning_rates
-from stream_probe import band, bases_of, between, cells, files, judge, keep, named, said
+from probes.base import (
+    BelowGate,
+    background,
+    bases_of,
+    carries,
+    context_names,
+    load_base,
+    named,
+    passing_facts,
+    pool_of,
+    split_batch,
+)
+from probes.effects import NO_ENDPOINT, band, between, cells, describe, judge, said, write_report
 
 import numpy as np
 import torch
@@ -55,23 +55,13 @@ import torch
 
 ASKED = ("none", "true", "weights", "prompt")  # no statement; a true one; another answer's, either target
 FILLERS = ("text", "facts")  # what stands between a statement and its question
-NOT_READ = "this endpoint does not work"
 
 
 def facts_of(cfg, world: World, seed: int, text) -> list[Fact]:
     """Treated facts, their controls and spares. No name stands in the text or in context rows of the base."""
     pool = pool_of(cfg, world)
-    avoid = set(context_names(world, pool, cfg.base_seed)[0]) if cfg.context_rows else set()
-    while True:
-        facts = make_pairs(world, cfg.facts, seed, pool, avoid)
-        leaks = find_leaks(world, facts, text.train)
-        if not leaks or cfg.level == "H4":
-            return facts
-        avoid |= {f.subject for f in facts if f.id in leaks}
-
-
-def pool_of(cfg, world: World) -> list[Fact]:
-    return make_facts(world, "pool", cfg.pool, cfg.base_seed) if cfg.pool else []
+    avoid = sum(context_names(world, pool, cfg.base_seed), []) if cfg.context_rows else ()
+    return new_pairs(world, cfg.facts, seed, pool, text.train, avoid)[0]
 
 
 def statement(world: World, fact: Fact) -> list[int]:
@@ -82,14 +72,15 @@ def asked(world: World, fact: Fact, kind: str) -> Probe:
     """A fact's held-out wording after one of the contexts in ASKED."""
     other = replace(fact, answer=world.another(fact.answer))
     context = [] if kind == "none" else statement(world, fact if kind == "true" else other)
-    return asked_after(world, context, other if kind == "prompt" else fact, fact.order[TRAINED], kind)
+    asked_of = other if kind == "prompt" else fact
+    return world.ask(asked_of, kind, *world.prompt(asked_of, fact.order[TRAINED]), context)
 
 
 def lesson(world: World, facts: list[Fact], step: int, prompted: bool):
     """Rows (N, T) of inputs and targets that ask every fact in one of its trained wordings, after its
     statement or without it. Only answers are targets: in each row the same ones in both."""
-    probes = [asked_after(world, statement(world, f) if prompted else [], f,
-                          f.order[1 + step % (TRAINED - 1)], "") for f in facts]
+    probes = [world.ask(f, "", *world.prompt(f, f.order[1 + step % (TRAINED - 1)]),
+                        statement(world, f) if prompted else ()) for f in facts]
     T = max(len(p.prompt) + len(p.target) for p in probes) - 1
     x, y = (torch.full((len(probes), T), fill) for fill in (world.tok.eot, -1))
     for row, p in enumerate(probes):
@@ -159,7 +150,7 @@ def hand_over(cfg, mode: str, facts: list[Fact], base: dict, text, world, run, s
 
 def handover(cfg, arms, labels, text, worlds, run, stop):
     """All seeds and modes of all arms: (summary, words), or None if asked to stop."""
-    done, seeds = finished_parts(cfg, run), range(cfg.seed, cfg.seed + cfg.seeds)
+    done, seeds = run.finished_parts(), range(cfg.seed, cfg.seed + cfg.seeds)
     keys = [(s, a, mode) for s in seeds for a, c in enumerate(arms) for mode in c.modes]
     todo = [(s, a, mode) for s, a, mode in keys if (labels[a], s, mode) not in done]
     bases = bases_of(arms, [a for _, a, _ in todo], text, worlds, run, stop)
@@ -169,10 +160,11 @@ def handover(cfg, arms, labels, text, worlds, run, stop):
     with StepBar(steps - left, steps, run.dist.is_main) as bar:
         for s, a, mode in todo:
             facts = facts_of(arms[a], worlds[a], s, text)
-            with named((f"{labels[a]}, {mode}", s)):
+            with named(f"{labels[a]}, {mode}, seed {s}"):
                 row = hand_over(arms[a], mode, facts, bases[a], text, worlds[a], run, stop, bar)
-            if not keep((labels[a], s, mode), row, done, run):
+            if row is None:
                 return None
+            run.finish_part((labels[a], s, mode), row, done)
     rows = [{mode: {s: done[label, s, mode] for s in seeds} for mode in c.modes}
             for c, label in zip(arms, labels, strict=True)]
     analysed = [analyse_handover(cfg, c, label, r) for c, label, r in zip(arms, labels, rows, strict=True)]
@@ -181,7 +173,7 @@ def handover(cfg, arms, labels, text, worlds, run, stop):
         gains = {label: {s: changes(r[mode][s], "none")[:, -1] for s in seeds}
                  for label, r in zip(labels, rows, strict=True) if mode in r}
         words += between(list(gains.values()), list(gains), cfg.bound, f"{mode}, gain without the statement")
-    return files(run, table_of_handover(analysed), words, lambda path: draw_handover(analysed, path),
+    return write_report(run, table_of_handover(analysed), words, lambda path: draw_handover(analysed, path),
                  {"arms": analysed, "counts": {"parts": len(keys), "steps": steps}})
 
 
@@ -223,7 +215,7 @@ def analyse_handover(cfg, arm, label: str, rows: dict[str, dict[int, dict]]) -> 
     judge(tests, cfg.bound)
     if not all(m["reads"]["passed"] for m in modes.values()):
         for e in tests:
-            e["verdict"] = NOT_READ
+            e["verdict"] = NO_ENDPOINT
     return {"arm": label, "seeds": list(next(iter(rows.values()))), "modes": modes, "matched": pairs}
 
 
@@ -234,15 +226,14 @@ def analyse_mode(cfg, arm, rows: list[dict]) -> dict:
     out = {"steps": rows[0]["steps"], "text_loss": np.mean([r["text_loss"] for r in rows], axis=0).tolist(),
            "reads": reads([halves(r, "hit true")[..., 0] for r in rows], rows[0]["constant"]),
            "accuracy": {kind: h.mean(axis=0).tolist() for kind, h in hits.items()},
-           "gain": describe_effect([changes(r, "none")[:, -1] for r in rows], cfg.bound),
-           "won": describe_effect([(margins(r)[0] - margins(r)[1])[:, -1] for r in rows], cfg.bound)}
+           "gain": describe([changes(r, "none")[:, -1] for r in rows], cfg.bound),
+           "won": describe([(margins(r)[0] - margins(r)[1])[:, -1] for r in rows], cfg.bound)}
     for side, who in enumerate(("treated", "controls")):
         curves = {"logp": [halves(r, "logp none")[side] for r in rows],
                   "needed": needed(hits["true"][:, side], hits["none"][:, side], goals)[:, None],
                   "margin": [margins(r)[side] for r in rows]}  # (items, times) of each seed
         bands = {name: band(list(found)) for name, found in curves.items()}
-        out[who] = {name: {"mean": mean, "half": half}
-                    for name, (mean, half) in bands.items()}
+        out[who] = {name: {"mean": mean, "half": half} for name, (mean, half) in bands.items()}
     return out
 
 
@@ -264,7 +255,7 @@ def matched(cfg, rows: dict[str, dict[int, dict]]) -> list[dict]:
         kl, ce = (list(zip(*f, strict=True)) for f in found.values())
         out.append({"fraction": fraction, "steps": [float(np.mean(z[0])) for z in (kl, ce)],
                     "text_loss": [float(np.mean(z[3])) for z in (kl, ce)],
-                    **{name: describe_effect([a - b for a, b in zip(kl[i], ce[i], strict=True)], cfg.bound)
+                    **{name: describe([a - b for a, b in zip(kl[i], ce[i], strict=True)], cfg.bound)
                        for i, name in enumerate(DAMAGE, 1)}})
     return out
 
@@ -291,7 +282,7 @@ def words_of_handover(arm, a: dict) -> list[str]:
         clear = abs(margin[-1]) > m["treated"]["margin"]["half"][-1]
         winner = "neither wins" if not clear else "the weights win" if margin[-1] > 0 else "the prompt wins"
         if not (r := m["reads"])["passed"]:
-            lines.append(f"  {NOT_READ}: with the statement before the question {r['hits']} of {r['of']} "
+            lines.append(f"  {NO_ENDPOINT}: with the statement before the question {r['hits']} of {r['of']} "
                          f"answers are right, and a constant answer in {r['best_constant']:.1%}")
         lines += [f"  {mode}, {m['steps'][-1]} steps: right with the statement {true[0]:.0%} -> "
                   f"{true[-1]:.0%}, without {none[0]:.0%} -> {none[-1]:.0%} (never trained: "
@@ -368,7 +359,7 @@ def at_distances(cfg, facts: list[Fact], world: World, text, seed: int) -> list[
         apart = [filler(world, kind, d, people, text, rng) for rng in rngs]
         for i, shift in itertools.product(range(2 * n), (0, n)):
             f, context = facts[i], stated[(i + shift) % (2 * n)] + apart[i % n]
-            out.append(asked_after(world, context, f, f.order[TRAINED], kind))
+            out.append(world.ask(f, kind, *world.prompt(f, f.order[TRAINED]), context))
     longest = max(len(p.prompt) + len(p.target) - 1 for p in out)
     if longest > cfg.max_seq_len:
         raise UserError(f"distances={max(cfg.distances)} makes prompts of {longest} tokens, but rows of the "
@@ -421,7 +412,7 @@ def write(cfg, twin: str, facts: list[Fact], base: dict, text, world, seed: int,
 def incontext(cfg, arms, labels, text, worlds, run, stop):
     """All seeds of all arms: (summary, words), or None if asked to stop. An arm whose base stays below its
     gate has no verdict."""
-    done, seeds, failed = finished_parts(cfg, run), range(cfg.seed, cfg.seed + cfg.seeds), {}
+    done, seeds, failed = run.finished_parts(), range(cfg.seed, cfg.seed + cfg.seeds), {}
     for c, w in zip(arms, worlds, strict=True):  # before a base is trained for nothing
         at_distances(c, facts_of(c, w, cfg.seed, text), w, text, cfg.seed)
     for a, (c, label, w) in enumerate(zip(arms, labels, worlds, strict=True)):
@@ -436,10 +427,13 @@ def incontext(cfg, arms, labels, text, worlds, run, stop):
             return None
         for s, part in todo:
             facts = facts_of(c, w, s, text)
-            with named((label, s)):
+            with named(f"{label}, seed {s}"):
                 row = read(c, facts, bases[a], text, w, s, run.dist) if part == "context" else \
                     write(c, part, facts, bases[a], text, w, s, run, stop)
-            if not keep((label, s, part), row, done, run) or stop.agreed(run.dist):
+            if row is None:
+                return None
+            run.finish_part((label, s, part), row, done)
+            if stop.agreed(run.dist):
                 return None
     rows = {label: {s: [done[label, s, part] for part in PARTS] for s in seeds}
             for label in labels if label not in failed}
@@ -450,7 +444,8 @@ def incontext(cfg, arms, labels, text, worlds, run, stop):
     if rows:
         far = [{s: crossed(parts[0])[1, -1] for s, parts in by_seed.items()} for by_seed in rows.values()]
         words += between(far, list(rows), cfg.bound, "read after other facts, at the last distance")
-    return files(run, table_of_reading(analysed, failed), words, lambda path: draw_reading(analysed, path),
+    return write_report(run, table_of_reading(analysed, failed), words,
+                        lambda path: draw_reading(analysed, path),
                  {"arms": analysed, "failed": failed, "counts": {"parts": len(done)}})
 
 
@@ -477,16 +472,16 @@ def analyse_reading(cfg, arm, label: str, rows: dict[int, list[dict]]) -> dict:
     hits = np.mean([[halves(z, "hit").mean(axis=1) for z in r[1:]] for r in rows], axis=0)  # (2, 2, times)
     known = (hits[0, 0] + hits[1, 1]) / 2, (hits[0, 1] + hits[1, 0]) / 2  # own, partner's
     places = [{"where": "context", "after": kind, "number": d, "right": read_hits[k, i].tolist(),
-               **describe_effect([c[k, i] for c in context], cfg.bound)}
+               **describe([c[k, i] for c in context], cfg.bound)}
               for k, kind in enumerate(FILLERS) for i, d in enumerate(arm.distances)]
     places += [{"where": "weights", "after": "exposures", "number": k, "right": [float(z[i]) for z in known],
-                **describe_effect([w[:, i] for w in weights], cfg.bound)} for i, k in enumerate(times) if k]
+                **describe([w[:, i] for w in weights], cfg.bound)} for i, k in enumerate(times) if k]
     judge(places, cfg.bound)
     near, curve = int(np.argmin(arm.distances)), np.mean([w.mean(axis=0) for w in weights], axis=0)
     gate = reads([np.array(r[0]["hit"])[:, near, :, 0] for r in rows], rows[0][0]["constant"])
     for p in places:
         if not gate["passed"]:
-            p["verdict"] = NOT_READ
+            p["verdict"] = NO_ENDPOINT
         if p["where"] == "context":  # the exposures that are worth as much
             at = crossing(curve, p["mean"])
             p["worth"] = float(interpolate(np.array(times, dtype=float), at)) if math.isfinite(at) else at
@@ -511,7 +506,7 @@ def table_of_reading(arms: list[dict], failed: dict[str, str]) -> str:
               "p (Holm)", "verdict"]]
     lines += [[a["arm"], p["where"], p["after"], str(p["number"]), *(f"{r:.0%}" for r in p["right"]),
                *cells(p)] for a in arms for p in a["places"]]
-    return grid(lines + [[label, *[""] * 9, NOT_READ] for label in failed])
+    return grid(lines + [[label, *[""] * 9, NO_ENDPOINT] for label in failed])
 
 
 def draw_reading(arms: list[dict], path: str) -> None:

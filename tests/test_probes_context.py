@@ -1,5 +1,5 @@
-"""context_probe.py and the context rows of base.py, on a base that has learned nothing: prompts, losses,
-arithmetic, exact resume."""
+"""probes/context.py and the context rows of probes/base.py, on a base that has learned nothing:
+prompts, losses, arithmetic, exact resume."""
 import itertools
 import math
 import shutil
@@ -7,8 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import context_probe
-from base import (
+from common.config import ConfigError, UserError
+from common.data import open_text
+from common.distributed import Dist
+from common.facts import TRAINED, World, make_facts
+from common.files import read_rows
+from common.run import digest
+from common.stop import StopRequest
+from memory_probe import ProbeConfig, changed, main
+from model import LM
+from probes import context
+from probes.base import (
     GATE_NAMES,
     NAMES,
     architecture,
@@ -18,15 +27,7 @@ from base import (
     context_probes,
     make_base,
 )
-from common.config import ConfigError, UserError
-from common.data import open_text
-from common.distributed import Dist
-from common.facts import TRAINED, World, make_facts
-from common.files import read_rows
-from common.memory_report import describe_effect
-from common.run import digest
-from common.stop import StopRequest
-from context_probe import (
+from probes.context import (
     asked,
     at_distances,
     baking_loss,
@@ -40,8 +41,7 @@ from context_probe import (
     needed,
     statement,
 )
-from memory_probe import ProbeConfig, changed, main
-from model import LM
+from probes.effects import describe
 from tests.conftest import prepare
 
 import numpy as np
@@ -129,7 +129,7 @@ def test_prompts_hold_what_they_say_and_ask_in_a_held_out_wording(place):
     for fact, control in zip(place.facts[:n], place.facts[n:], strict=False):
         own, other = statement(world, fact), statement(world,
                                                        replace(fact, answer=world.another(fact.answer)))
-        probes = {kind: asked(world, fact, kind) for kind in context_probe.ASKED}
+        probes = {kind: asked(world, fact, kind) for kind in context.ASKED}
         question = probes["none"].prompt
         assert probes["true"].prompt == own + question
         assert probes["weights"].prompt == probes["prompt"].prompt == other + question
@@ -197,9 +197,9 @@ def test_training_moves_treated_facts_and_nothing_moves_at_a_rate_of_0(place):
     for key, curve in still.items():
         assert key in ("steps", "constant") or all(c == curve[0] for c in curve), key
     row = train(place, "ce", steps=60)
-    gained = context_probe.changes(row, "none")  # beyond controls
+    gained = context.changes(row, "none")  # beyond controls
     assert row["steps"] == [0, 1, 2, 4, 8, 16, 32, 60] and (gained[:, 0] == 0).all()
-    assert gained[:, -1].mean() > 0.7 and describe_effect([gained[:, -1]], 0.1)["p"] < 0.05
+    assert gained[:, -1].mean() > 0.7 and describe([gained[:, -1]], 0.1)["p"] < 0.05
     half = train(place, "ce", steps=16)  # constant rate: the same beginning
     assert half["logp none"] == row["logp none"][:6]
 
@@ -282,4 +282,4 @@ def test_an_arm_below_its_gate_has_no_verdict_and_others_go_on(place):
     assert all(m != 0 for m in moved)
     rows = read_rows(f"{cfg.out_dir}/gates/probes.jsonl")
     assert {tuple(r["part"]) for r in rows} == {(arm, 1, part) for arm in ("as it is", "lr=0")
-                                                for part in context_probe.PARTS}
+                                                for part in context.PARTS}

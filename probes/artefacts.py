@@ -1,26 +1,23 @@
 """The artefact lab of memory_probe.py: set-ups that made folklore, beside the ones that measure.
 
-    python memory_probe.py config/probe_artefacts.py                          # all of them, one page of
-    figures
+    python memory_probe.py config/probe_artefacts.py                          # all of them, and one page
     python memory_probe.py config/probe_artefacts.py --artefacts=fresh_adam   # one
 
 Each function trains or reads the same base twice, the misleading way and the clean way, and returns what each
 would have reported. Nothing here is a straw man: every set-up was used in earnest (the notes behind nanoMem).
 """
-import copy
 import itertools
 
-from base import background, base_config, finished_parts, load_base, make_base, split_batch
 from common import probing
 from common.config import UserError
 from common.data import Windows
 from common.distributed import choose_dtype
-from common.facts import Probe, make_facts, make_pairs, pack
-from common.files import append_row, write_text
-from common.stats import clustered
+from common.facts import Probe, new_pairs, pack
 from common.step import backward, update
 from common.tables import grid, new_figure, save_figure
 from muon import set_learning_rates
+from probes.base import background, bases_of, load_base, named, pool_of, split_batch
+from probes.effects import describe, write_report
 
 import numpy as np
 import torch
@@ -32,13 +29,13 @@ import torch
 class Lab:
     """A copy of the base in training, with facts to write and to ask."""
 
-    def __init__(self, cfg, text, world, base, seed: int, dist, fresh: bool = False):
-        self.cfg, self.text, self.world, self.dist = cfg, text, world, dist
+    def __init__(self, cfg, text, world, base, seed: int, dist):
+        self.cfg, self.text, self.world, self.dist, self.seed = cfg, text, world, dist, seed
         self.dtype = choose_dtype(cfg.dtype, dist.device)[0]
-        self.model, self.optimizer = load_base(cfg, base, dist, carry=not fresh)
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=False)
-        self.windows, self.seed, self.steps, self.moved = Windows(text.train, cfg.max_seq_len,
-                                                                  1000 + seed), seed, 0, []
+        self.model, self.optimizer = load_base(cfg, base, dist, carry=True)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=self.dtype == "fp16")
+        self.windows = Windows(text.train, cfg.max_seq_len, 1000 + seed)
+        self.steps, self.moved = 0, []  # the root mean square by which each step moved the weights
 
     def train(self, written=None, lr_scale: float = 1.0) -> float:
         """One step on background text, some of whose rows are `written`; returns its loss."""
@@ -52,11 +49,11 @@ class Lab:
         set_learning_rates(self.optimizer, self.cfg, self.steps, 10**6)
         for group in self.optimizer.param_groups:
             group["lr"] *= lr_scale
-        loss = backward(self.model, split_batch(x, y, self.cfg, self.dist), self.dist, self.dtype,
-                        self.scaler)
+        batches = split_batch(x, y, self.cfg, self.dist)
+        loss = backward(self.model, batches, self.dist, self.dtype, self.scaler)
         update(self.model, self.optimizer, self.scaler, self.cfg.grad_clip, loss)
-        squares = sum(float((p.detach() - b).square().sum()) for p,
-                      b in zip(self.model.parameters(), before, strict=True))
+        squares = sum(float((p.detach() - b).square().sum())
+                      for p, b in zip(self.model.parameters(), before, strict=True))
         self.moved.append((squares / sum(b.numel() for b in before)) ** 0.5)
         self.steps += 1
         return loss.item()
@@ -68,7 +65,7 @@ class Lab:
 
 def two_sets(lab: Lab, pool) -> tuple[list, list]:
     """(facts to write, facts never written), 32 each."""
-    facts = make_pairs(lab.world, 32, lab.seed, pool)
+    facts = new_pairs(lab.world, 32, lab.seed, pool, lab.text.train)[0]
     return facts[:32], facts[32:64]
 
 
@@ -77,9 +74,8 @@ def mem_probes(world, facts) -> list:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The artefacts. Each returns {"artefact": number, "clean": number, "curves": {name: [numbers]}, "says":
-# text}.
-
+# The artefacts. Each returns {"artefact": number, "clean": number, "unit": text, "says": text, "curves":
+# lists}.
 
 AFTER = (0, 1, 2, 3, 5, 8, 13, 21, 34, 60)  # steps of other text at which facts are asked
 
@@ -118,42 +114,41 @@ def sampled_accuracy(new_lab, pool) -> dict:
     and right for facts nobody wrote. Beside it the exact log p of the same facts."""
     lab = new_lab()
     written, never = two_sets(lab, pool)
-    probes, generator = mem_probes(lab.world, never), torch.Generator().manual_seed(lab.seed)
+    probes, device = mem_probes(lab.world, never), lab.dist.device
+    generator = torch.Generator(device).manual_seed(lab.seed)
     lab.model.eval()
     hits, tok = [], lab.world.tok
     for f, p in zip(never, probes, strict=True):
-        prompt = torch.tensor([p.prompt] * 16)
-        out = torch.cat(list(lab.model.generate(prompt, 12, temperature=0.7, top_k=50, generator=generator)),
-                        dim=1)
+        prompt = torch.tensor([p.prompt] * 16, device=device)
+        out = list(lab.model.generate(prompt, 12, temperature=0.7, top_k=50, generator=generator))
+        out = torch.cat(out, dim=1)
         hits.append(np.mean([f.answer.strip() in tok.decode(p.prompt[1:] + o.tolist()) for o in out]))
     lab.model.train()
     exact = lab.ask(probes)
     return {"artefact": float(np.mean(hits)), "clean": float(np.exp(exact.logp).mean()), "curves": {},
             "unit": "accuracy",
             "says": "never-written facts: sampled accuracy against the probability of the answer; guessing "
-                    "is right in "
-                    f"{1 / len(lab.world.answers):.1%}"}
+                    f"is right in {1 / len(lab.world.answers):.1%}"}
 
 
 def unmasked_padding(new_lab, pool) -> dict:
     """One sentence per row, padded to the full length, with the padding in the loss: the loss falls to almost
     nothing because padding is easy, and says nothing about the facts."""
     found = {}
-    for mode, pad_target in (("padding counted", None), ("masked", -1)):
+    for mode in ("padding counted", "masked"):
         lab = new_lab()
         written, _ = two_sets(lab, pool)
         eot, losses = lab.world.tok.eot, []
         for e in range(8):
-            rows = [pack([s], lab.cfg.max_seq_len, eot, eot if pad_target is None else -1)
+            rows = [pack([s], lab.cfg.max_seq_len, eot, -1 if mode == "masked" else eot)
                     for s in lab.world.sentences([(f, f.order[e % 8]) for f in written])]
             losses.append(lab.step(*(np.concatenate(z) for z in zip(*rows, strict=True))))
         found[mode] = losses, float(lab.ask(mem_probes(lab.world, written)).logp.mean())
     return {"artefact": found["padding counted"][0][-1], "clean": found["masked"][0][-1],
-            "unit": "nats of loss",
-            "curves": {k: v[0] for k, v in found.items()},
+            "unit": "nats of loss", "curves": {k: v[0] for k, v in found.items()},
             "says": "training loss after 8 exposures; log p of the answers is "
-                    f"{found['padding counted'][1]:.2f} with "
-                    f"padding counted, {found['masked'][1]:.2f} masked"}
+                    f"{found['padding counted'][1]:.2f} with padding counted, {found['masked'][1]:.2f} "
+                    "masked"}
 
 
 def last_token(new_lab, pool) -> dict:
@@ -206,8 +201,7 @@ def overlapping_windows(new_lab, pool) -> dict:
     return {"artefact": float(change[(end > 0) & (end < T)].mean()), "clean": float(change[end >= T].mean()),
             "curves": {"change": change.tolist(), "end": end.tolist()}, "unit": "nats",
             "says": f"windows of {T}, stride {T // 8}: those that end within {T} tokens after b, and those "
-                    "wholly "
-                    "after b"}
+                    "wholly after b"}
 
 
 def state_cosines(new_lab, pool) -> dict:
@@ -237,9 +231,8 @@ def state_cosines(new_lab, pool) -> dict:
             "says": ", ".join(f"{k} {v:.3f}" for k, v in found.items())}
 
 
-ARTEFACTS = {f.__name__: f
-             for f in (fresh_adam, sampled_accuracy, unmasked_padding, last_token, overlapping_windows,
-                                     state_cosines)}
+ARTEFACTS = {f.__name__: f for f in (fresh_adam, sampled_accuracy, unmasked_padding, last_token,
+                                     overlapping_windows, state_cosines)}
 
 # ------------------------------------------------------------------------------------------------------------
 # The page
@@ -247,30 +240,29 @@ ARTEFACTS = {f.__name__: f
 
 def artefacts(cfg, arms, labels, text, worlds, run, stop):
     """Every artefact for every seed: (summary, words), or None if asked to stop."""
-    done, world = finished_parts(cfg, run), worlds[0]
-    pool = make_facts(world, "pool", cfg.pool, cfg.base_seed)
-    base = make_base(base_config(arms[0]), text, world, pool, run.dist, stop)
-    for seed, name in itertools.product(range(cfg.seed, cfg.seed + cfg.seeds), cfg.artefacts):
-        if base is None or stop.requested:
+    done, (arm, *_), (world, *_) = run.finished_parts(), arms, worlds
+    seeds, pool = range(cfg.seed, cfg.seed + cfg.seeds), pool_of(arm, world)
+    todo = [(s, name) for s, name in itertools.product(seeds, cfg.artefacts) if (s, name) not in done]
+    bases = bases_of(arms, [0] * bool(todo), text, worlds, run, stop)
+    for seed, name in todo:
+        if bases is None or stop.agreed(run.dist):
             return None
-        if (0, seed, name) not in done:
-            def new_lab():
-                return Lab(arms[0], text, world, copy.deepcopy(base), seed, run.dist)  # noqa: B023
-            row = {"part": [0, seed, name], **ARTEFACTS[name](new_lab, pool)}
-            append_row(run.path("probes.jsonl"), row)
-            done[0, seed, name] = row
-    rows = {name: [done[0, s, name] for s in range(cfg.seed, cfg.seed + cfg.seeds)] for name in cfg.artefacts}
+
+        def new_lab(seed=seed):
+            return Lab(arm, text, world, bases[0], seed, run.dist)
+
+        with named(f"{name}, seed {seed}"):
+            run.finish_part((seed, name), ARTEFACTS[name](new_lab, pool), done)
+    rows = {name: [done[s, name] for s in seeds] for name in cfg.artefacts}
     lines, words = [["artefact", "as reported", "95 %", "clean", "95 %", "unit"]], []
     for name, found in rows.items():
-        effects = [clustered([np.array([r[key]]) for r in found]) if len(found) > 1 else None
-                   for key in ("artefact", "clean")]
-        means = [np.mean([r[key] for r in found]) for key in ("artefact", "clean")]
-        spans = [f"{e.low:.3f} to {e.high:.3f}" if e else "one seed" for e in effects]
-        lines.append([name, f"{means[0]:.3f}", spans[0], f"{means[1]:.3f}", spans[1], found[0]["unit"]])
-        words.append(f"{name}: {means[0]:.3f} as it was reported, {means[1]:.3f} clean ({found[0]['says']})")
-    write_text(run.path("table.md"), grid(lines) + "\n\n" + "\n".join(words) + "\n")
-    draw(rows, run.path("effect.png"))
-    return {"artefacts": rows, "counts": {"parts": len(done)}}, "\n".join([grid(lines), "", *words])
+        a, b = (describe([np.array([r[key]]) for r in found], cfg.bound) for key in ("artefact", "clean"))
+        spans = [(f"{e['mean']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}") for e in (a, b)]
+        lines.append([name, *spans[0], *spans[1], found[0]["unit"]])
+        words.append(f"{name}: {a['mean']:.3f} as it was reported, {b['mean']:.3f} clean "
+                     f"({found[0]['says']})")
+    return write_report(run, grid(lines), ["", grid(lines), "", *words], lambda path: draw(rows, path),
+                        {"artefacts": rows, "counts": {"parts": len(rows) * len(seeds)}})
 
 
 def draw(rows: dict[str, list[dict]], path: str) -> None:

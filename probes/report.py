@@ -1,34 +1,32 @@
-"""From rows of probes to a verdict: effects with intervals, curves, words, figures. Used by memory_probe.py.
+"""The report of memory_probe.py's exposure experiments: from rows of probes to effects, words and figures.
 
-Units: effects in nats of log p(target), steps since the end of the injection unless said otherwise.
+Units: effects in nats of log p(target), steps since a group's last exposure unless said otherwise.
 """
 import math
 from collections import Counter
 
 from common import stats
-from common.files import write_text
 from common.tables import grid, new_figure, save_figure
+from probes.effects import NO_ENDPOINT, band, cells, describe, judge, said, write_report
 
 import numpy as np
 
-HORIZONS = (0, 10, 100, 1000)  # steps after the injection at which verdicts are given, and the end
+HORIZONS = (0, 10, 100, 1000)  # steps after a group's last exposure at which verdicts are given, and the end
 KINDS = {"mem": "trained wording", "para": "other wording", "qa": "question", "reverse": "reverse",
          "comp": "two hops", "old": "old answer"}
 CONTROLS = ("zero", "heavy")  # groups that test the set-up
 
 
-def table_of(rows: list[dict], arm: int, kind: str) -> dict:
-    """{(seed, twin): {step: row}}"""
+def table_of(rows: list[dict], arm: str, kind: str) -> dict:
+    """{(seed, twin): {step: what was found}} of one kind of probe."""
     out = {}
     for r in rows:
-        a, seed, twin = r["part"]
-        if a == arm and r["kind"] == kind:
-            out.setdefault((seed, twin), {})[r["step"]] = r
-    if kind == "reverse":  # beyond the same name after another answer
-        for key, by_step in table_of(rows, arm, "foil").items():
-            for step, foil in by_step.items():
-                if own := out[key].get(step):
-                    out[key][step] = own | {"logp": np.subtract(own["logp"], foil["logp"]).tolist()}
+        (label, *key), kinds = r["part"], r["kinds"]
+        if label == arm and kind in kinds:
+            found = kinds[kind] | {"unseen_confidence": r["unseen_confidence"]}
+            if kind == "reverse":  # beyond the same name after another answer
+                found |= {"logp": np.subtract(found["logp"], kinds["foil"]["logp"]).tolist()}
+            out.setdefault(tuple(key), {})[r["step"]] = found
     for (seed, twin), by_step in out.items():
         if twin == "B":  # it begins where A stood before the injection
             by_step |= {s: r for s, r in out[seed, "A"].items() if s not in by_step}
@@ -71,33 +69,6 @@ def gate(table: dict, step: int, heavy: list[int], answers: list[str]) -> dict:
     return {"hits": hits, "of": n, "best_constant": constant, "p": p, "passed": p < 0.01}
 
 
-def describe_effect(values: list[np.ndarray], bound: float) -> dict:
-    """An effect over seeds, what this design could have seen, and whether it is equivalent to none."""
-    e = stats.clustered(values)
-    sd_seed, sd_item = stats.variance_components(values)
-    items = round(np.mean([len(v) for v in values]))
-    units = [v.mean() for v in values] if len(values) > 1 else values[0]
-    p_none, low, high = stats.equivalence(units, bound)
-    return {"mean": e.mean, "low": e.low, "high": e.high, "p": e.p, "sd_seed": sd_seed, "sd_item": sd_item,
-            "detectable": stats.minimum_detectable(sd_seed, sd_item, len(values), items),
-            "none_p": p_none, "none_below": max(abs(low), abs(high)), "seeds": len(values), "items": items}
-
-
-def verdict(e: dict, bound: float, floor: float) -> str:
-    if e["p_holm"] < 0.05 and abs(e["mean"]) > floor:
-        return "signal"
-    if e["none_p"] < 0.05:
-        return f"none larger than {e['none_below']:.2g}"
-    if not math.isfinite(e["low"]):
-        return "undecided: one unit shows nothing"
-    size = max(bound, abs(e["mean"]))
-    n = stats.seeds_needed(size, 0.0 if math.isnan(e["sd_seed"]) else e["sd_seed"], e["sd_item"], e["items"])
-    more = n - e["seeds"]
-    if more <= 0:
-        return "undecided"
-    return f"undecided: needs {more} more seed{'s' * (more > 1)} to see {size:.2g}"
-
-
 def horizons(steps: list[int], end: int) -> dict[int, int]:
     """{steps after the end: index in `steps`}: the first probe at or after each horizon, and the last."""
     found = [next((i for i, s in enumerate(steps) if s >= end + h), None) for h in HORIZONS]
@@ -112,61 +83,70 @@ def analyse_group(effects: dict[str, dict], members: list[int], asked: dict, end
         steps = asked[kind]
         after = [i for i, s in enumerate(steps) if s >= end]
         curves = [v[members] for v in by_seed.values()]  # (pairs, steps) each
-        seeds = np.stack([c.mean(axis=0) for c in curves])  # (S, steps)
-        mean = seeds.mean(axis=0)
-        units = seeds if len(seeds) > 1 else curves[0]
-        half = 1.96 * units.std(axis=0, ddof=1) / math.sqrt(len(units)) if len(units) > 1 else mean * math.nan
-        window = [i for i in after if steps[i] - end <= (1 if cfg.optimizer == "sgd" else 50)]
-        peak = max(window, key=lambda i: mean[i])
-        entry = {"steps": steps, "mean": mean.tolist(), "half": half.tolist(),
+        mean = np.mean([c.mean(axis=0) for c in curves], axis=0)  # (steps,)
+        peak = max((i for i in after if steps[i] - end <= (1 if cfg.optimizer == "sgd" else 50)),
+                   key=lambda i: mean[i])  # Chang's local acquisition maximum
+        entry = {"steps": steps, "mean": mean.tolist(), "half": band(curves)[1],
                  "effectivity": float(mean[peak]),
-                 "at": {str(h): describe_effect([c[:, i] for c in curves], cfg.bound)
+                 "at": {str(h): describe([c[:, i] for c in curves], cfg.bound)
                         for h, i in horizons(steps, end).items()}}
-        if mean[peak] > 0.1 and cfg.method != "replay":  # which writes on
-            kept = mean[[i for i in after if i > peak]] / mean[peak]
-            fit = stats.forgetting_curve([steps[i] - steps[peak] for i in after if i > peak], kept)
-            entry |= {"forgetting": fit.kind, "half_life": fit.half_life,
-                      "retained": float(mean[after[-1]] / mean[peak])}
-        late = np.concatenate([c[:, [i for i in after if i >= peak]] for c in curves])
-        if late.shape[1] > 2 and len(late) > 1 and cfg.method != "replay":
-            rise, t1, t2, p = stats.revival(late, np.zeros_like(late), flips=2000)
-            times = [steps[i] - end for i in after if i >= peak]
-            entry["revival"] = {"rise": rise, "from": times[t1], "to": times[t2], "p": p,
-                                "level": float(late[:, t2].mean())}
+        late = [i for i in after if i >= peak]
+        if cfg.method != "replay":  # which writes on
+            entry |= kept(mean[late], [steps[i] - steps[peak] for i in late])
+            entry |= comes_back([c[:, late] for c in curves], [steps[i] - end for i in late])
         out["kinds"][kind] = entry
     return out
 
 
-def analyse(label: str, cfg, plan, rows: list[dict], arm: int, facts: list[dict]) -> dict:
+def kept(mean: np.ndarray, since: list[int]) -> dict:
+    """What is kept of a mean curve (T,) that begins at its peak, and by which law; {} below 0.1 nats."""
+    if mean[0] <= 0.1:
+        return {}
+    fit = stats.forgetting_curve(since[1:], mean[1:] / mean[0])
+    return {"forgetting": fit.kind, "half_life": fit.half_life, "retained": float(mean[-1] / mean[0])}
+
+
+UNITS = 8  # seeds from which they are the unit of revival: sign flips of fewer cannot reach p < 0.01
+
+
+def comes_back(curves: list[np.ndarray], times: list[int]) -> dict:
+    """Whether curves (pairs, T), one per seed, rise without exposure. With fewer than UNITS seeds pairs are
+    the unit, and the statement is about these seeds alone."""
+    units = np.stack([c.mean(axis=0) for c in curves]) if len(curves) >= UNITS else np.concatenate(curves)
+    if units.shape[1] < 3 or len(units) < 2:
+        return {}
+    rise, t1, t2, p = stats.revival(units, np.zeros_like(units), flips=2000)
+    return {"revival": {"rise": rise, "from": times[t1], "to": times[t2], "p": p,
+                        "level": float(units[:, t2].mean()),
+                        "unit": "seeds" if len(curves) >= UNITS else "pairs"}}
+
+
+def analyse(label: str, cfg, plan, rows: list[dict], facts: list[dict]) -> dict:
     """Everything about one arm."""
-    (groups, due, length), grid = plan
-    steps, end = list(grid), cfg.lead + length
-    kinds = list(dict.fromkeys(r["kind"] for r in rows if r["part"][0] == arm))
-    kinds = [k for k in kinds if k != "foil"]
-    tables = {kind: table_of(rows, arm, kind) for kind in kinds}
+    (groups, due, length), asked_at = plan
+    steps, end = list(asked_at), cfg.lead + length
+    kinds = [k for k in dict.fromkeys(k for r in rows if r["part"][0] == label for k in r["kinds"])
+             if k != "foil"]
+    tables = {kind: table_of(rows, label, kind) for kind in kinds}
     asked = {kind: sorted(next(iter(t.values()))) for kind, t in tables.items()}  # steps
     effects = {kind: twin_effects(t, asked[kind]) for kind, t in tables.items()}
     members = {g: [i for i, x in enumerate(groups) if x == g] for g in dict.fromkeys(groups)}
-    out = {"arm": label, "end": end, "seeds": sorted(effects["mem"]),
-           "chaos_floor": chaos_floor(tables["mem"], steps),
-           "gate": gate(tables["mem"], end, members["heavy"],
-                        [f["answer"] for f in facts if f["arm"] == arm and f["split"] == "treated" and
-                         f["group"] == "heavy"]),
+    answers = [f["answer"] for f in facts
+               if f["arm"] == label and f["split"] == "treated" and f["group"] == "heavy"]
+    mem = tables["mem"]
+    out = {"arm": label, "end": end, "seeds": sorted(effects["mem"]), "chaos_floor": chaos_floor(mem, steps),
+           "gate": gate(mem, end, members["heavy"], answers),
            "groups": {g: analyse_group(effects, m, asked, cfg.lead + last_written(due, m, length), cfg)
-                      for g, m in members.items()}}
+                      for g, m in members.items()},
+           "unseen_confidence": [float(np.mean([t[s]["unseen_confidence"] for (_, twin), t in mem.items()
+                                                if twin == "A"])) for s in steps],
+           "hits": {g: {kind: [hit_rate(t, s, m) for s in asked[kind]] for kind, t in tables.items()}
+                    for g, m in members.items()}}
     out["rises_before"] = rises_before(out, cfg)
-    tested = [(g, h) for g in members if g not in CONTROLS for h in out["groups"][g]["kinds"]["mem"]["at"]]
     for kind in kinds:
-        found = [out["groups"][g]["kinds"][kind]["at"][h] for g, h in tested]
-        for e, p in zip(found, stats.holm([e["p"] for e in found]), strict=True):
-            e["p_holm"] = p
-            e["verdict"] = verdict(e, cfg.bound, out["chaos_floor"]) if out["gate"]["passed"] else \
-                "this endpoint does not work"
-    ages = [(s, t) for s, t in tables["mem"] if t == "A"]
-    out["unseen_confidence"] = [float(np.mean([tables["mem"][a][s]["unseen_confidence"] for a in ages]))
-                                for s in steps]
-    out["hits"] = {g: {kind: [hit_rate(t, s, m) for s in asked[kind]] for kind, t in tables.items()}
-                   for g, m in members.items()}
+        judge([e for g in members if g not in CONTROLS
+               for e in out["groups"][g]["kinds"][kind]["at"].values()],
+              cfg.bound, out["chaos_floor"], out["gate"]["passed"])
     return out
 
 
@@ -204,83 +184,63 @@ def number(x: float) -> str:
 
 def words_of_group(name: str, g: dict, floor: float) -> str:
     e = g["kinds"]["mem"]
-    first, last = list(e["at"].items())[0][1], list(e["at"].items())[-1]
-    text = (f"{name}: {number(first['mean'])} nats ({number(first['mean'] / math.log(2))} bits) right "
-            "after, 95 % "
-            f"interval {number(first['low'])} to {number(first['high'])}, p {first['p_holm']:.2g} (Holm), "
-            "detectable "
-            f"{first['detectable']:.2f}: {first['verdict']}.")
-    text += (f" After {int(last[0]):,} steps {number(last[1]['mean'])} ({number(last[1]['low'])} to "
-             f"{number(last[1]['high'])}): {last[1]['verdict']}.")
+    (_, first), (last_step, last) = list(e["at"].items())[0], list(e["at"].items())[-1]
+    text = (f"{name}: {number(first['mean'] / math.log(2))} bits right after; in nats {said(first)}. After "
+            f"{int(last_step):,} steps {number(last['mean'])} ({number(last['low'])} to "
+            f"{number(last['high'])}): {last['verdict']}.")
     if "half_life" in e and e["half_life"] <= e["steps"][-1] - g["end"]:
         text += f" Half of it is gone after {e['half_life']:,.0f} steps ({e['forgetting']} fit)."
     elif "half_life" in e and e["retained"] > 0.5:
         text += f" {e['retained']:.0%} of its peak is left at the end."
     if r := e.get("revival"):
-        back = r["p"] < 0.01 and r["level"] > floor
-        text += (f" It comes back: {number(r['rise'])} from step {r['from']} to {r['to']} (p {r['p']:.2g})."
-                 if back
-                 else f" No revival (p {r['p']:.2g}).")
+        found, where = f"p {r['p']:.2g}", f"{number(r['rise'])} from step {r['from']} to {r['to']}"
+        if r["p"] >= 0.01 or r["level"] <= floor:
+            text += f" No revival ({found})."
+        elif r["unit"] == "seeds":
+            text += f" It comes back: {where} ({found})."
+        else:
+            text += (f" In these seeds it rises again: {where} ({found} over pairs; a claim needs {UNITS} "
+                     "seeds).")
     return text
 
 
-def words(arms: list[dict], cfg, comparisons: list[dict]) -> str:
+def words(arms: list[dict]) -> list[str]:
     lines = []
     for a in arms:
         lines.append(f"\n{a['arm']} ({len(a['seeds'])} seeds; chaos floor {a['chaos_floor']:.3f} nats)")
         t = a["gate"]
         if not t["passed"]:
-            lines.append(f"  this endpoint does not work: of {t['of']} heavily exposed facts {t['hits']} are "
-                         f"answered, by the best constant answer {t['best_constant']:.1%}; nothing below "
-                         "counts")
+            lines.append(f"  {NO_ENDPOINT}: of {t['of']} heavily exposed facts {t['hits']} are answered, by "
+                         f"the best constant answer {t['best_constant']:.1%}; nothing below counts")
         if a["rises_before"]:
             lines.append("  something is wrong: effects differ from 0 before the injection")
         if zero := a["groups"].get("zero"):
             e = next(iter(zero["kinds"]["mem"]["at"].values()))
             lines.append(f"  never written (zero): {number(e['mean'])} nats ({number(e['low'])} to "
                          f"{number(e['high'])})")
-        for name, g in a["groups"].items():
-            if name not in CONTROLS:
-                lines.append("  " + words_of_group(name, g, a["chaos_floor"]))
-    lines += ["", *(c["words"] for c in comparisons)] if comparisons else []
-    return "\n".join(lines)
-
-
-def compare(pairs: list[tuple[str, dict, str, dict]], cfg) -> list[dict]:
-    """Differences of two effects, seed by seed: (name, values by seed, name, values by seed)."""
-    out = []
-    for name, a, other, b in pairs:
-        seeds = [s for s in a if s in b]
-        d = [float(a[s] - b[s]) for s in seeds]
-        e = stats.clustered([np.array([x]) for x in d]) if len(d) > 1 else None
-        none_p, low, high = stats.equivalence(d, cfg.bound) if len(d) > 1 else (math.nan,) * 3
-        out.append({"a": name, "b": other, "seeds": len(d), "difference": float(np.mean(d)),
-                    **({"low": e.low, "high": e.high, "p": e.p} if e else {"low": -math.inf, "high": math.inf,
-                                                                         "p": math.nan}),
-                    "none_p": none_p, "none_below": max(abs(low), abs(high))})
-    for c, p in zip(out, stats.holm([c["p"] for c in out]), strict=True):
-        none = f"none larger than {c['none_below']:.2g}" if c["none_p"] < 0.05 else "undecided"
-        say = "signal" if p < 0.05 else none
-        c |= {"p_holm": p, "words": f"{c['a']} - {c['b']}: {number(c['difference'])} nats, 95 % interval "
-              f"{number(c['low'])} to {number(c['high'])}, p {p:.2g} (Holm), {c['seeds']} seeds: {say}"}
-    return out
+        lines += ["  " + words_of_group(name, g, a["chaos_floor"]) for name, g in a["groups"].items()
+                  if name not in CONTROLS]
+    return lines
 
 
 def comparisons(cfg, labels, plans, rows, analysed) -> list[dict]:
-    """Between the groups of the first arm (for experiments that compare groups), and of each arm to the
-    first, at the end. Arms whose endpoint does not work are left out."""
-    pairs, values = [], []
-    for arm, (((groups, _, _), steps), found) in enumerate(zip(plans, analysed, strict=True)):
-        effects = twin_effects(table_of(rows, arm, "mem"), list(steps))
-        members = {g: [i for i, x in enumerate(groups) if x == g] for g in dict.fromkeys(groups)}
-        values.append({g: {s: v[m][:, -1].mean() for s, v in effects.items()} for g, m in members.items()
-                       if g not in CONTROLS and found["gate"]["passed"]})
-    names = list(values[0])
+    """Differences at the end, seed by seed: between the groups of the first arm (for experiments that compare
+    groups), and of each arm to the first. Arms whose endpoint does not work are left out."""
+    values = {}
+    for label, ((groups, _, _), steps), found in zip(labels, plans, analysed, strict=True):
+        if found["gate"]["passed"]:
+            effects = twin_effects(table_of(rows, label, "mem"), list(steps))
+            members = {g: [i for i, x in enumerate(groups) if x == g] for g in dict.fromkeys(groups)}
+            values[label] = {g: {s: v[m][:, -1].mean(keepdims=True) for s, v in effects.items()}
+                             for g, m in members.items() if g not in CONTROLS}
+    first, out = values.get(labels[0], {}), []
     if cfg.experiment in ("spacing", "dilution", "retention"):
-        pairs += [(a, values[0][a], b, values[0][b]) for a, b in zip(names[1:], names, strict=False)]
-    for label, by_group in zip(labels[1:], values[1:], strict=True):
-        pairs += [(f"{label}: {g}", by_group[g], labels[0], values[0][g]) for g in by_group if g in values[0]]
-    return compare(pairs, cfg)
+        out += [(f"{a} - {b}", first[a], first[b]) for a, b in zip(list(first)[1:], first, strict=False)]
+    out += [(f"{label}, {g} - {labels[0]}", by_group[g], first[g])
+            for label, by_group in values.items() if label != labels[0] for g in by_group if g in first]
+    out = [{"what": what, **describe([a[s] - b[s] for s in a if s in b], cfg.bound)} for what, a, b in out]
+    judge(out, cfg.bound)
+    return out
 
 
 def intrusion(table: dict, groups: list[str], facts: list[dict], answers: list[str], step: int,
@@ -304,43 +264,39 @@ def continual(arms: list[dict], plans: list, rows: list[dict], facts: list[dict]
               answers: list[str]) -> list[str]:
     """How much each method learns, what it keeps of older cohorts, and what intrudes; a line per arm."""
     lines, base = [], None
-    for i, (arm, ((groups, _, _), _)) in enumerate(zip(arms, plans, strict=True)):
+    for arm, ((groups, _, _), _) in zip(arms, plans, strict=True):
         cohorts = [g for g in arm["groups"] if g.startswith("cohort")]
         ats = [list(arm["groups"][c]["kinds"]["mem"]["at"].values()) for c in cohorts]
         jump, kept = np.mean([a[0]["mean"] for a in ats]), np.mean([a[-1]["mean"] for a in ats[:-1]])
-        base, table = jump if base is None else base, table_of(rows, i, "mem")
-        own = [f for f in facts if f["arm"] == i]
+        base, table = jump if base is None else base, table_of(rows, arm["arm"], "mem")
+        own = [f for f in facts if f["arm"] == arm["arm"]]
         rates, chances = zip(*(intrusion(table, groups, own, answers, arm["groups"][c]["end"], c)
                                for c in cohorts[1:]), strict=True) if cohorts[1:] else ((0.0,), (0.0,))
         chance = np.mean(chances)
         arm["continual"] = {"learned": float(jump), "kept": float(kept), "plasticity": float(jump / base),
                             "intrusion": float(np.mean(rates)), "intrusion_by_chance": float(chance)}
+        little = ": too little, it keeps because it does not learn" if jump < 0.8 * base else ""
         lines.append(f"{arm['arm']}: learns {number(jump)} nats of a cohort ({jump / base:.0%} of the first "
-                     "arm"
-                     f"{': too little, it keeps because it does not learn' if jump < 0.8 * base else ''}), "
-                     "older cohorts "
-                     f"end at {number(kept)} ({kept / jump:.0%}); {np.mean(rates):.0%} of wrong answers "
-                     "about them are "
-                     f"the newest cohort's (by chance {chance:.0%})")
+                     f"arm{little}), older cohorts end at {number(kept)} ({kept / jump:.0%}); "
+                     f"{np.mean(rates):.0%} of wrong answers about them are the newest cohort's (by chance "
+                     f"{chance:.0%})")
     return lines
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Files
+# Table and figure
 
 
-def report(cfg, labels, arms, plans, rows, facts, answers: list[str], folder: str) -> tuple[dict, str]:
+def report(cfg, labels, arms, plans, rows, facts, answers: list[str], run) -> tuple[dict, str]:
     """(the summary, the words for the terminal); writes table.md and effect.png."""
-    analysed = [analyse(label, c, plan, rows, i, facts)
-                for i, (label, c, plan) in enumerate(zip(labels, arms, plans, strict=True))]
+    analysed = [analyse(label, c, plan, rows, facts)
+                for label, c, plan in zip(labels, arms, plans, strict=True)]
     compared = comparisons(cfg, labels, plans, rows, analysed)
-    text = words(analysed, cfg, compared)
+    lines = [*words(analysed), "", *(f"{c['what']}: {said(c)}" for c in compared)]
     if cfg.experiment == "continual":
-        text += "\n\n" + "\n".join(continual(analysed, plans, rows, facts, answers))
-    write_text(f"{folder}/table.md", table(analysed) + "\n\n" + text.strip() + "\n")
-    draw(analysed, cfg, f"{folder}/effect.png")
-    text += f"\nin {folder}: table.md, effect.png, summary.json"
-    return {"arms": analysed, "comparisons": compared}, text
+        lines += ["", *continual(analysed, plans, rows, facts, answers)]
+    return write_report(run, table(analysed), lines, lambda path: draw(analysed, cfg, path),
+                        {"arms": analysed, "comparisons": compared})
 
 
 def table(arms: list[dict]) -> str:
@@ -352,10 +308,10 @@ def table(arms: list[dict]) -> str:
             for kind, e in g["kinds"].items():
                 for h, x in e["at"].items():
                     hit = a["hits"][name][kind][e["steps"].index(g["end"] + int(h))]
+                    judged = cells({"p_holm": math.nan, "verdict": "control"} | x)
                     lines.append([a["arm"], name, KINDS[kind], str(g["pairs"]), f"{hit[0]:.0%}",
                                   f"{hit[1]:.0%}", h,
-                                  number(x["mean"]), number(x["low"]), number(x["high"]),
-                                  f"{x['p_holm']:.2g}" if "p_holm" in x else "", x.get("verdict", "control")])
+                                  *judged])
     return grid(lines)
 
 
