@@ -37,7 +37,7 @@ from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
 from common.facts import TRAINED, WORDINGS, Fact, World, make_pairs, new_pairs, pack, shuffled
 from common.files import append_row, read_json, read_rows, write_json, write_text
 from common.run import Run, digest, finite
-from common.step import backward, update, wrap
+from common.step import backward, update
 from common.stop import StopRequest
 from model import LM
 from muon import OPTIMIZERS, make_optimizer, set_learning_rates
@@ -53,6 +53,7 @@ from probes.base import (
     load_base,
     make_base,
     named,
+    net_of,
     pool_batch,
     pool_of,
     split_batch,
@@ -401,13 +402,12 @@ def only_rows(model: LM, x: np.ndarray):
 
 
 def expose(cfg: ProbeConfig, part: Part, base: dict, saved: dict | None, prefix: dict, world: World,
-           text: Text,
-           pool: list[Fact], run: Run, stop: StopRequest, bar: StepBar) -> bool:
+           text: Text, pool: list[Fact], run: Run, stop: StopRequest, bar: StepBar) -> bool:
     """Train one twin and ask probes on the way; False if asked to stop. Until the injection both twins are
     the same run: A leaves its state there in `prefix`, and B begins with it."""
     dist, dtype = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0]
     model, optimizer, scaler, step = start(cfg, base, saved, run, prefix, part.twin)
-    net, ewc = wrap(model, False, dist), saved["progress"]["ewc"] if saved else {}
+    net, ewc = net_of(model, cfg, part.length, dist), saved["progress"]["ewc"] if saved else {}
     windows = Windows(text.train, cfg.max_seq_len, 1000 + part.seed)
     known = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))) if cfg.keep_pool else []
     probes = {everything: probes_of(part, world, everything) for everything in (False, True)}
@@ -431,7 +431,7 @@ def expose(cfg: ProbeConfig, part: Part, base: dict, saved: dict | None, prefix:
         lr = set_learning_rates(optimizer, cfg, step, part.length)
         loss = backward(net, split_batch(x, y, cfg, dist), dist, dtype, scaler)
         if ewc:
-            pull_back(model, ewc, cfg.ewc_lambda)
+            pull_back(model, ewc, cfg.ewc_lambda * scaler.get_scale())
         restore = only_rows(model,
                             part.written[step][0]) if cfg.method == "rows" and step in part.written else None
         norm = update(model, optimizer, scaler, cfg.grad_clip, loss)
@@ -616,8 +616,8 @@ def describe(cfg: ProbeConfig, arms: list) -> str:
         sizes = ", ".join(f"{groups.count(g)} {g}" for g in dict.fromkeys(groups))
         lines.append(f"arm         {label}: {sizes}; {c.lead} steps, {length} with "
                      f"{sum(map(len, due.values())):,} exposures, {c.steps} after; {c.optimizer} lr {c.lr:g} "
-                     f"({'carried' if carries(c) else 'fresh'} state, beta2 {c.probe_beta2:.5f}) on a base "
-                     f"by {c.base_optimizer}")
+                     f"{c.schedule} ({'carried' if carries(c) else 'fresh'} state, beta2 "
+                     f"{c.probe_beta2:.5f}) on a base by {c.base_optimizer}")
     return "\n".join(lines)
 
 

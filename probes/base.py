@@ -23,7 +23,7 @@ from common.data import Text, Windows
 from common.distributed import Dist, choose_dtype
 from common.facts import LEVELS, QUESTIONS, STATEMENTS, WORDINGS, Fact, Probe, World, make_facts, names, pack
 from common.run import Run, RunConfig, digest
-from common.step import NotFinite, backward, update, wrap
+from common.step import NotFinite, backward, choose_compile, update, wrap
 from model import LM, ModelConfig
 from muon import OptimizerConfig, make_optimizer, set_learning_rates
 
@@ -192,6 +192,12 @@ def background(windows: Windows, step: int, cfg: BaseConfig):
     return [z.numpy().copy() for z in windows.batch(step * cfg.batch_size, cfg.batch_size, CPU)]
 
 
+def net_of(model: LM, cfg: BaseConfig, steps: int, dist: Dist):
+    """The model for backward(), compiled if that is asked or pays off in so many steps."""
+    flops = model.flops_per_token(cfg.max_seq_len) * steps * cfg.batch_size * cfg.max_seq_len
+    return wrap(model, choose_compile(cfg.compile, flops, dist.device)[0], dist)
+
+
 def split_batch(x, y, cfg: BaseConfig, dist: Dist) -> list:
     """This process's rows as micro-batches on its device."""
     mine = [torch.as_tensor(z)[dist.rank::dist.world].to(dist.device) for z in (x, y)]
@@ -218,7 +224,7 @@ def train_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], mode
                at: Standing, stop) -> bool:
     """Train to the gate, or base_steps; False if asked to stop. Ends with a save."""
     dist, dtype = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0]
-    net, windows = wrap(model, False, dist), Windows(text.train, cfg.max_seq_len, cfg.seed)
+    net, windows = net_of(model, cfg, cfg.base_steps, dist), Windows(text.train, cfg.max_seq_len, cfg.seed)
     sentences, asked = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))), \
         gate_probes(cfg, world, pool)
     kinds, prepared = np.array([p.kind for p in asked]), probing.batches(asked, text.tok.eot, dist.device)

@@ -30,7 +30,7 @@ from common.console import StepBar, say
 from common.data import Windows
 from common.distributed import choose_dtype
 from common.facts import TRAINED, Fact, Probe, World, new_pairs, pack
-from common.step import backward, next_token_loss, update, wrap
+from common.step import backward, next_token_loss, update
 from common.tables import grid, new_figure, save_figure
 from muon import set_learning_rates
 from probes.base import (
@@ -41,6 +41,7 @@ from probes.base import (
     context_names,
     load_base,
     named,
+    net_of,
     passing_facts,
     pool_of,
     split_batch,
@@ -116,7 +117,7 @@ def hand_over(cfg, mode: str, facts: list[Fact], base: dict, text, world, run, s
     dist, dtype, n = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0], len(facts) // 3
     (model, optimizer), (teacher, _) = (load_base(cfg, base, dist, c) for c in (carries(cfg), False))
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-    net, times = wrap(model, False, dist), doublings(cfg.steps)
+    net, times = net_of(model, cfg, cfg.steps, dist), doublings(cfg.steps)
     probes = [asked(world, f, kind) for kind in ASKED for f in facts[:2 * n]]
     prepared = probing.batches(probes, world.tok.eot, dist.device)
     windows = Windows(text.val, cfg.max_seq_len, 1).batch(0, 32, dist.device)
@@ -383,7 +384,7 @@ def write(cfg, twin: str, facts: list[Fact], base: dict, text, world, seed: int,
     dist, dtype, n = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0], len(facts) // 3
     model, optimizer = load_base(cfg, base, dist, carries(cfg))
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-    net, windows = wrap(model, False, dist), Windows(text.train, cfg.max_seq_len, 1000 + seed)
+    net, windows = net_of(model, cfg, cfg.exposures, dist), Windows(text.train, cfg.max_seq_len, 1000 + seed)
     probes = [asked(world, f, "none") for f in facts[:2 * n]]
     prepared = probing.batches(probes, world.tok.eot, dist.device)
     out = {"logp": [], "hit": []}

@@ -25,11 +25,11 @@ from common import stats
 from common.config import UserError
 from common.console import StepBar
 from common.distributed import choose_dtype
-from common.step import backward, update, wrap
+from common.step import backward, update
 from common.tables import grid, new_figure, save_figure
 from common.tokenizer import EOT
 from muon import set_learning_rates
-from probes.base import bases_of, carries, load_base, named, split_batch
+from probes.base import bases_of, carries, load_base, named, net_of, split_batch
 from probes.effects import band, between, cells, describe, early_and_late, judge, pooled, said, write_report
 
 import numpy as np
@@ -191,7 +191,8 @@ def pass_through(cfg, seed: int, stream: Stream, base: dict, tok, run, stop, bar
     dist, dtype, lags = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0], lags_of(cfg)
     model, optimizer = load_base(cfg, base, dist, carries(cfg))
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-    net, factors, n = wrap(model, False, dist), rate_factors(cfg, model, seed), len(stream.pairs)
+    net, factors = net_of(model, cfg, stream.steps, dist), rate_factors(cfg, model, seed)
+    n = len(stream.pairs)
 
     def ask_pairs(pairs) -> np.ndarray:  # (4, streamed or not, pairs)
         asked = [stream.pairs[i][side] for side in (0, 1) for i in pairs]
@@ -364,7 +365,7 @@ def retrain(cfg, seed: int, i: int, base: dict, tokens, run, stop, bar: StepBar)
         began = time.perf_counter()
         model, optimizer = load_base(cfg, base, dist, carries(cfg))
         scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-        net, rows = wrap(model, False, dist), windows_in(cfg, trained)  # (N, T + 1)
+        net, rows = net_of(model, cfg, cfg.retrain_steps, dist), windows_in(cfg, trained)  # (N, T + 1)
         if not out:
             before = [token_losses(cfg, model, tokens, z, dist.device) for z in (starts, at.far)]
         for step in range(cfg.retrain_steps):

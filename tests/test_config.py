@@ -22,7 +22,8 @@ import pytest
 
 SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
-           "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig}
+           "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig,
+           "memory_probe.py": memory_probe.ProbeConfig}
 
 
 @dataclasses.dataclass
@@ -145,17 +146,18 @@ def test_help_names_every_option_with_default_and_comment(script, cls):
     assert text.startswith(inspect.getdoc(sys.modules[cls.__module__])[:40]) and f"python {script}" in text
 
 
-def reads(source: str, classes: set[str]) -> set[str]:
+def reads(source: str, classes: set[str], configs=("cfg", "self.cfg")) -> set[str]:
     """Names that `source` reads: as cfg.NAME, getattr(cfg, "NAME") or, in the config `classes`, self.NAME.
-    problems() and differences() do not count, as reading an option there has no effect on the run."""
+    problems() and the like do not count, as reading an option there has no effect on the run."""
     found = set()
 
     def visit(node, in_config=False):
-        if isinstance(node, ast.FunctionDef) and node.name in ("problems", "differences"):
+        if isinstance(node, ast.FunctionDef) and node.name in ("problems", "contradictions",
+                                                                 "differences"):
             return
         in_config = node.name in classes if isinstance(node, ast.ClassDef) else in_config
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            if ast.unparse(node.value) in ("cfg", "self.cfg", *["self"] * in_config):
+            if ast.unparse(node.value) in (*configs, *["self"] * in_config):
                 found.add(node.attr)
         if isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(cfg, '"):
             found.add(node.args[1].value)
@@ -168,15 +170,20 @@ def reads(source: str, classes: set[str]) -> set[str]:
 
 def unread(script: str, cls, source: str = "") -> set[str]:
     """Options of `cls` that neither the script reads nor the module that declares them. Other modules do not
-    count: common/ may mention an option of the same name for another script."""
-    out = set()
+    count: common/ may mention an option of the same name for another script. probes/ is part of
+    memory_probe.py, and calls the config of an arm `arm`, `c` or `arms[a]`."""
+    out, parts, configs = set(), [], ("cfg", "self.cfg")
+    if script == "memory_probe.py":
+        parts, configs = [p.read_text() for p in Path("probes").glob("*.py")], (*configs, "arm", "c",
+                                                                                "arms[a]")
     for c in cls.__mro__[:-1]:
         if cls is sweep.SweepConfig and c is train.TrainConfig:
             break  # from here on, options are passed on to the script that is swept
         module = Path(sys.modules[c.__module__].__file__)
-        texts = [source or Path(script).read_text(), *[module.read_text()] * (module.name != script)]
+        texts = [source or Path(script).read_text(), *[module.read_text()] * (module.name != script), *parts]
         names = vars(c).get("__annotations__", {}).keys() - {"POSITIONAL", "MAY_CHANGE", "SCRIPT_CONFIG"}
-        out |= names - set().union(*(reads(text, {k.__name__ for k in cls.__mro__}) for text in texts))
+        out |= names - set().union(*(reads(text, {k.__name__ for k in cls.__mro__}, configs)
+                                     for text in texts))
     return out
 
 
