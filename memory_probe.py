@@ -157,6 +157,8 @@ class ProbeConfig(BaseConfig):
         if name in ("handover", "incontext") and not (self.context_share or self.base):
             out.append(f"experiment={name} needs a base that reads facts from its context; use "
                        "--context_share=0.5")
+        if name == "continual":
+            out += self.at_least(2, "cohorts")
         if name == "window" and self.stride > self.window_size:
             out.append(f"stride={self.stride} leaves out sentences; at most window_size={self.window_size}")
         if name == "trace":

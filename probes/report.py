@@ -7,7 +7,7 @@ from collections import Counter
 
 from common import stats
 from common.tables import grid, new_figure, save_figure
-from probes.effects import NO_ENDPOINT, band, cells, describe, judge, said, write_report
+from probes.effects import NO_ENDPOINT, band, between, cells, describe, judge, said, write_report
 
 import numpy as np
 
@@ -260,18 +260,26 @@ def intrusion(table: dict, groups: list[str], facts: list[dict], answers: list[s
     return intruded / max(1, wrong), float(np.mean(chance))
 
 
-def continual(arms: list[dict], plans: list, rows: list[dict], facts: list[dict],
+def continual(cfg, arms: list[dict], plans: list, rows: list[dict], facts: list[dict],
               answers: list[str]) -> list[str]:
-    """How much each method learns, what it keeps of older cohorts, and what intrudes; a line per arm."""
-    lines, base = [], None
+    """How much each method learns, what it keeps of older cohorts, and what intrudes: a line per arm. Then
+    the share kept against the first arm's, so that methods that learn differently much compare."""
+    lines, shares, base = [], {}, None
     for arm, ((groups, _, _), _) in zip(arms, plans, strict=True):
         cohorts = [g for g in arm["groups"] if g.startswith("cohort")]
-        ats = [list(arm["groups"][c]["kinds"]["mem"]["at"].values()) for c in cohorts]
-        jump, kept = np.mean([a[0]["mean"] for a in ats]), np.mean([a[-1]["mean"] for a in ats[:-1]])
-        base, table = jump if base is None else base, table_of(rows, arm["arm"], "mem")
+        table, ends = table_of(rows, arm["arm"], "mem"), [arm["groups"][c]["end"] for c in cohorts]
+        steps = sorted(next(iter(table.values())))
+        of = np.array(groups)
+        at = {seed: np.array([[v[of == c, j].mean() for j in (steps.index(end), -1)]
+                              for c, end in zip(cohorts, ends, strict=True)])
+              for seed, v in twin_effects(table, steps).items()}  # (cohorts, right after and at the end)
+        jump, kept = np.mean([a[:, 0].mean() for a in at.values()]), np.mean([a[:-1, 1] for a in at.values()])
+        base = jump if base is None else base
+        if arm["gate"]["passed"] and jump > 0.1:
+            shares[arm["arm"]] = {s: a[:-1, 1].sum(keepdims=True) / a[:-1, 0].sum() for s, a in at.items()}
         own = [f for f in facts if f["arm"] == arm["arm"]]
-        rates, chances = zip(*(intrusion(table, groups, own, answers, arm["groups"][c]["end"], c)
-                               for c in cohorts[1:]), strict=True) if cohorts[1:] else ((0.0,), (0.0,))
+        rates, chances = zip(*(intrusion(table, groups, own, answers, end, c)
+                               for c, end in list(zip(cohorts, ends, strict=True))[1:]), strict=True)
         chance = np.mean(chances)
         arm["continual"] = {"learned": float(jump), "kept": float(kept), "plasticity": float(jump / base),
                             "intrusion": float(np.mean(rates)), "intrusion_by_chance": float(chance)}
@@ -280,7 +288,8 @@ def continual(arms: list[dict], plans: list, rows: list[dict], facts: list[dict]
                      f"arm{little}), older cohorts end at {number(kept)} ({kept / jump:.0%}); "
                      f"{np.mean(rates):.0%} of wrong answers about them are the newest cohort's (by chance "
                      f"{chance:.0%})")
-    return lines
+    return lines + between(list(shares.values()), list(shares), cfg.bound,
+                           "kept by older cohorts of what they gained, as a share")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -294,7 +303,7 @@ def report(cfg, labels, arms, plans, rows, facts, answers: list[str], run) -> tu
     compared = comparisons(cfg, labels, plans, rows, analysed)
     lines = [*words(analysed), "", *(f"{c['what']}: {said(c)}" for c in compared)]
     if cfg.experiment == "continual":
-        lines += ["", *continual(analysed, plans, rows, facts, answers)]
+        lines += ["", *continual(cfg, analysed, plans, rows, facts, answers)]
     return write_report(run, table(analysed), lines, lambda path: draw(analysed, cfg, path),
                         {"arms": analysed, "comparisons": compared})
 
