@@ -30,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from common import fit, probing, stats
-from common.config import ConfigError, UserError, launch, option_types, parse
+from common.config import UserError, launch
 from common.console import StepBar, resume_command, say
 from common.data import Text, Windows, open_text
 from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
@@ -40,16 +40,17 @@ from common.run import Run, digest, finite
 from common.step import backward, update
 from common.stop import StopRequest
 from model import LM
-from muon import OPTIMIZERS, make_optimizer, set_learning_rates
+from muon import make_optimizer, set_learning_rates
 from probes.artefacts import ARTEFACTS, artefacts
 from probes.base import (
     CPU,
-    MOST,
-    BaseConfig,
+    FIRST,
+    ProbeOptions,
     architecture,
     background,
     base_config,
     carries,
+    changed,
     load_base,
     make_base,
     named,
@@ -74,12 +75,10 @@ EXPERIMENTS = ("retention", "frequency", "dilution", "spacing", "mixed", "contin
 
 
 @dataclass
-class ProbeConfig(BaseConfig):
-    MAY_CHANGE = {"seeds", "seed", "arm", "power", "show_facts", "bound", "chaos_seeds"}
+class ProbeConfig(ProbeOptions):
+    MAY_CHANGE = {"power", "show_facts", "chaos_seeds"}
     # experiment
     experiment: Literal[EXPERIMENTS] = "retention"  # retention | frequency | dilution | spacing | mixed | ...
-    arm: tuple[str, ...] = ()  # options changed in another arm, as "optimizer=sgd lr=0.3"; repeat for more
-    seeds: int = 4  # seed, seed + 1, ...: other facts, other background
     facts: int = 32  # treated facts (and controls) of each group
     exposures: int = 4  # of a fact, where the experiment does not vary them
     steps: int = 500  # after the injection
@@ -108,28 +107,18 @@ class ProbeConfig(BaseConfig):
     modes: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")  # handover: ce | kl to the prompted base
     target: float = 0.9  # handover: accuracy to hold, as a share of the prompted base's
     distances: tuple[int, ...] = (0, 16, 32)  # incontext: tokens between a statement and its question
-    # probe's optimiser (the base has its own)
-    state: Literal["carry", "fresh"] = "carry"  # carry the base's state where the optimiser is the same
-    beta2_tokens: int = 0  # tokens in which Adam's second moment halves; 0 = as beta2 says
-    base_optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # adamw | muon | sgd
-    base_lr: float = 2e-3  # peak learning rate of the base
-    base_seed: int = 1  # of the base's weights, pool and answers
     # verdict
     chaos_seeds: int = 1  # seeds that also run the chaos twin
-    bound: float = 0.1  # nats below which an effect counts as none
     power: bool = False  # print what would be detected and how long it takes, and stop
     show_facts: int = 0  # print this many facts with controls and probes, and stop
     name: str = "memory"  # the folder in out_dir
 
     def problems(self) -> list[str]:
-        counts = ("seeds", "facts", "exposures", "spread", "cohorts", "lead", "show_facts", "chaos_seeds")
-        out = super().problems() + self.at_least(1, *counts[:6], "window_size", "stride", "intervals",
+        counts = ("facts", "exposures", "spread", "cohorts", "lead", "show_facts", "chaos_seeds")
+        out = super().problems() + self.at_least(1, *counts[:5], "window_size", "stride", "intervals",
                                                  "retrain_steps")
-        out += self.at_least(0, *counts[6:], "steps", "beta2_tokens", "base_lr", "base_seed", "ewc_lambda",
-                             "context")
-        out += [f"{key}={getattr(self, key):,} is more than {MOST:,}, the most there can be" for key in counts
-                if getattr(self, key) > MOST]
-        out += [f"{key} must be above 0, got {getattr(self, key)}" for key in ("bound", "share", "target")
+        out += self.at_least(0, *counts[5:], "steps", "ewc_lambda", "context") + self.at_most_counts(counts)
+        out += [f"{key} must be above 0, got {getattr(self, key)}" for key in ("share", "target")
                 if not getattr(self, key) > 0]
         out += [f"{key} must be at most 1, got {getattr(self, key)}" for key in ("share", "target")
                 if getattr(self, key) > 1]
@@ -140,12 +129,7 @@ class ProbeConfig(BaseConfig):
         if not self.modes or not self.artefacts or min(self.distances, default=-1) < 0:
             out.append("modes, artefacts and distances must not be empty, and distances not negative")
         out += self.contradictions()
-        for text in self.arm if not out else ():
-            try:
-                changed(replace(self, arm=()), text)
-            except ConfigError as e:
-                out += [f"arm '{text}': {p}" for p in e.problems]
-        return out
+        return out or self.arm_problems()
 
     def contradictions(self) -> list[str]:
         """Options that do not fit the experiment."""
@@ -173,8 +157,6 @@ class ProbeConfig(BaseConfig):
         if self.power and name in OTHERS:
             out.append(f"power is for experiments with exposures, not {name}; its words say what was "
                        "detectable")
-        if len({"", *self.arm}) <= len(self.arm):
-            out.append(f"two arms are the same: {', '.join(self.arm)}")
         return out
 
     @property
@@ -182,35 +164,11 @@ class ProbeConfig(BaseConfig):
         """Steps in which a cohort is written."""
         return min(self.spread, max(self.exposures, 8))
 
-    @property
-    def probe_beta2(self) -> float:
-        """Adam's decay per step, whose half-life is `beta2_tokens` where that is set (2507.07101)."""
-        tokens = self.batch_size * self.max_seq_len
-        return 0.5 ** (tokens / self.beta2_tokens) if self.beta2_tokens else self.beta2
-
-
-def changed(cfg, text: str):
-    """`cfg` with the options of an arm, such as "optimizer=sgd lr=0.3"."""
-    kinds, values, problems = option_types(type(cfg)), {}, []
-    for word in text.split():
-        key, _, value = word.removeprefix("--").partition("=")
-        if key not in kinds or key in ("arm", "name", "seed", "seeds", "out_dir", "data"):
-            problems.append(f"'{key}' is not an option of an arm")
-            continue
-        try:
-            values[key] = parse(value or "true", kinds[key], key)
-        except ValueError as e:
-            problems.append(str(e))
-    if problems:
-        raise ConfigError(problems)
-    return replace(cfg, **values, arm=())  # arms need not fit each other
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Schedules: which experiment writes which pair when. (groups, {step: [(pair, place in its order)]}, length):
 # `groups` names the group of each pair, steps count from the start of the injection.
 
-FIRST = "as it is"  # the arm that changes nothing
 HEAVY = 16  # exposures of the positive control
 OFTEN = ("mem", "para")  # kinds of probes that are asked on the whole grid
 

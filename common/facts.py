@@ -269,9 +269,9 @@ def make_pairs(world: World, count: int, seed: int, taken=(), avoid=()) -> list[
     return out
 
 
-def conflicts(world: World, count: int, loops: int, seed: int, taken=()) -> list[Fact]:
+def conflicts(world: World, count: int, loops: int, seed: int, taken=(), avoid=()) -> list[Fact]:
     """For each of `count` subjects one fact per loop, all with different answers, and the same foil."""
-    base = make_facts(world, "treated", count, seed, taken)
+    base = make_facts(world, "treated", count, seed, taken, avoid)
     if len(world.answers) < loops + 1:
         raise UserError(f"{loops} loops need {loops + 1} answers, there are {len(world.answers)}")
     out = []

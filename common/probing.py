@@ -78,3 +78,19 @@ def score(model, prepared: list[Batch], answer_ids: list[int], dtype: str = "fp3
     values = np.empty((5, len(order)))
     values[:, order] = torch.cat(found, dim=1).numpy()
     return Scores(*values)
+
+
+@torch.inference_mode()
+def answers(model, prepared: list[Batch], answer_ids: list[int], dtype: str = "fp32") -> np.ndarray:
+    """log p of every answer as the first token of each probe's target, in nats: (probes, A)."""
+    training = model.training
+    model.eval()
+    out = np.empty((sum(len(b.order) for b in prepared), len(answer_ids)))
+    for tokens, _, places, _, first, order in prepared:
+        with autocast(dtype, tokens.device):
+            rows = torch.arange(len(tokens), device=tokens.device)
+            hidden = model.hidden(tokens)[rows, places[first]].float()  # (N, C)
+        logits = model.head(hidden[None])[0, :, :model.n_tokens]  # (N, V)
+        out[order] = (logits[:, answer_ids] - logits.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
+    model.train(training)
+    return out

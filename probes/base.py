@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
 from common import checkpoint, probing
-from common.config import UserError
+from common.config import ConfigError, UserError, option_types, parse
 from common.console import StepBar, say
 from common.data import Text, Windows
 from common.distributed import Dist, choose_dtype
@@ -25,7 +25,7 @@ from common.facts import LEVELS, QUESTIONS, STATEMENTS, WORDINGS, Fact, Probe, W
 from common.run import Run, RunConfig, digest
 from common.step import NotFinite, backward, choose_compile, update, wrap
 from model import LM, ModelConfig
-from muon import OptimizerConfig, make_optimizer, set_learning_rates
+from muon import OPTIMIZERS, OptimizerConfig, make_optimizer, set_learning_rates
 
 import numpy as np
 import torch
@@ -85,6 +85,71 @@ class BaseConfig(RunConfig, OptimizerConfig, ModelConfig):
     @property
     def context_rows(self) -> int:
         return round(self.context_share * self.batch_size)
+
+
+FIRST = "as it is"  # the arm that changes nothing
+
+
+@dataclass
+class ProbeOptions(BaseConfig):
+    """What every experiment on a base has: seeds, arms, an optimiser of its own."""
+    MAY_CHANGE = {"seeds", "seed", "arm", "bound"}
+    # arms and seeds
+    seeds: int = 4  # seed, seed + 1, ...: other facts, other background
+    arm: tuple[str, ...] = ()  # options changed in another arm, as "optimizer=sgd lr=0.3"; repeat for more
+    bound: float = 0.1  # nats below which an effect counts as none
+    # probe's optimiser (the base has its own)
+    state: Literal["carry", "fresh"] = "carry"  # carry the base's state where the optimiser is the same
+    beta2_tokens: int = 0  # tokens in which Adam's second moment halves; 0 = as beta2 says
+    base_optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # adamw | muon | sgd
+    base_lr: float = 2e-3  # peak learning rate of the base
+    base_seed: int = 1  # of the base's weights, pool and answers
+
+    def problems(self) -> list[str]:
+        out = super().problems() + self.at_least(1, "seeds") + self.at_most_counts(("seeds",))
+        out += self.at_least(0, "beta2_tokens", "base_lr", "base_seed")
+        if not self.bound > 0:
+            out.append(f"bound must be above 0, got {self.bound}")
+        if len({"", *self.arm}) <= len(self.arm):
+            out.append(f"two arms are the same: {', '.join(self.arm)}")
+        return out
+
+    def at_most_counts(self, names) -> list[str]:
+        return [f"{key}={getattr(self, key):,} is more than {MOST:,}, the most there can be" for key in names
+                if getattr(self, key) > MOST]
+
+    def arm_problems(self) -> list[str]:
+        """Of the arms, whose other options are right."""
+        out = []
+        for text in self.arm:
+            try:
+                changed(replace(self, arm=()), text)
+            except ConfigError as e:
+                out += [f"arm '{text}': {p}" for p in e.problems]
+        return out
+
+    @property
+    def probe_beta2(self) -> float:
+        """Adam's decay per step, whose half-life is `beta2_tokens` where that is set (2507.07101)."""
+        tokens = self.batch_size * self.max_seq_len
+        return 0.5 ** (tokens / self.beta2_tokens) if self.beta2_tokens else self.beta2
+
+
+def changed(cfg, text: str):
+    """`cfg` with the options of an arm, such as "optimizer=sgd lr=0.3"."""
+    kinds, values, problems = option_types(type(cfg)), {}, []
+    for word in text.split():
+        key, _, value = word.removeprefix("--").partition("=")
+        if key not in kinds or key in ("arm", "name", "seed", "seeds", "out_dir", "data"):
+            problems.append(f"'{key}' is not an option of an arm")
+            continue
+        try:
+            values[key] = parse(value or "true", kinds[key], key)
+        except ValueError as e:
+            problems.append(str(e))
+    if problems:
+        raise ConfigError(problems)
+    return replace(cfg, **values, arm=())  # arms need not fit each other
 
 
 # ------------------------------------------------------------------------------------------------------------
