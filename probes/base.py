@@ -103,11 +103,12 @@ class ProbeOptions(BaseConfig):
     beta2_tokens: int = 0  # tokens in which Adam's second moment halves; 0 = as beta2 says
     base_optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # adamw | muon | sgd
     base_lr: float = 2e-3  # peak learning rate of the base
+    base_batch_size: int = 0  # rows per step of the base; 0 = as batch_size
     base_seed: int = 1  # of the base's weights, pool and answers
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "seeds") + self.at_most_counts(("seeds",))
-        out += self.at_least(0, "beta2_tokens", "base_lr", "base_seed")
+        out += self.at_least(0, "beta2_tokens", "base_lr", "base_seed", "base_batch_size")
         if not self.bound > 0:
             out.append(f"bound must be above 0, got {self.bound}")
         if len({"", *self.arm}) <= len(self.arm):
@@ -181,7 +182,7 @@ def base_config(cfg) -> BaseConfig:
     values = {f.name: getattr(cfg, f.name) for f in fields(BaseConfig)}
     values |= {f.name: f.default for f in fields(OptimizerConfig)}  # the probe's optimiser is not the base's
     values |= {"optimizer": cfg.base_optimizer, "lr": cfg.base_lr, "schedule": "constant", "warmup_steps": 50,
-               "seed": cfg.base_seed, "question": "", "overwrite": False, "dry_run": False}
+               "seed": cfg.base_seed, "batch_size": cfg.base_batch_size or cfg.batch_size, "question": "", "overwrite": False, "dry_run": False}
     free = ("name", "out_dir", "device", "dtype", "compile", "save_minutes", "micro_batch_size")
     name = digest({k: v for k, v in values.items() if k not in free and (v or k != "context_share")})
     return BaseConfig(**values | {"name": f"base_{name}"})
