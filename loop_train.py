@@ -5,7 +5,7 @@
     python loop_train.py config/loop_moments.py     # the optimiser's state kept per loop
     python loop_train.py config/loop_new.py         # a new loop that starts with averaged moments
     python loop_train.py config/loop_documents.py   # anticipatory recovery: one document a loop
-    python loop_train.py --experiment=toy           # its positive control, in seconds
+    python loop_train.py --toy                      # its positive control, in seconds
 
 A loop is a stretch of text, read again in every cycle for `segment` steps, into whose batches facts are
 written: `questions` that every loop answers differently (and a foil that none does), `own` facts and facts
@@ -66,20 +66,19 @@ STARTS = ("none", "last", "zero", "average", "first", "second", "scrambled")
 @dataclass
 class LoopConfig(ProbeOptions):
     # loops
-    experiment: Literal["loops", "toy"] = "loops"  # loops | toy: one layer, seconds
     loops: int = 3  # K
     segment: int = 24  # steps S of a loop in each cycle
     cycles: int = 6  # in which facts are written
     tail: int = 2  # cycles after them in which none is
     order: Literal[ORDERS] = "cycle"  # cycle | shuffled | random | reversed | mixed | single: control orders
-    source: Literal["train", "val"] = "train"  # split that the loops' text is from
+    split: Literal["train", "val"] = "train"  # split that the loops' text is from
     rows: int = 0  # rows of text of a loop; 0 = all that its segment reads are different
     questions: int = 15  # that all loops answer, each in its way
     own: int = 15  # facts of each loop
     shared: int = 6  # facts that all loops write
     exposures: int = 2  # of a fact in a segment
     phases: tuple[float, ...] = (0.1, 0.5, 0.9)  # where in a segment facts are written, drawn per fact
-    grid: int = 4  # equal parts of a segment after which probes are asked
+    probes: int = 4  # times in a segment that everything is asked
     # optimiser state at a loop's beginning
     first: Literal[moments.SOURCES] = "global"  # global (carried on) | loop (as this loop left it) | zero
     second: Literal[moments.SOURCES] = "global"  # global | loop | zero (only with first=zero)
@@ -87,18 +86,19 @@ class LoopConfig(ProbeOptions):
     # what is trained
     parts: tuple[str, ...] = ()  # of loop 0, 1, ...: a block's number, ffn, attention, adapter; or not-ffn
     lr_profile: Literal["none", "random", "depth"] = "none"  # none | random tenth of entries x 10 | by depth
+    toy: bool = False  # one layer in place of a language model: the positive control of recovery
     name: str = "loops"  # the folder in out_dir
 
     def problems(self) -> list[str]:
         counts = ("loops", "segment", "cycles", "tail", "questions", "own", "shared", "rows", "exposures")
-        out = super().problems() + self.at_least(1, "cycles", "exposures", "grid")
+        out = super().problems() + self.at_least(1, "cycles", "exposures", "probes")
         out += self.at_least(2, "loops", "segment")
         out += self.at_least(0, "tail", "questions", "own", "shared", "rows")
         out += self.at_most_counts(counts)
         if not self.phases or not all(0 <= p < 1 for p in self.phases):
             out.append(f"phases must be at least 0 and below 1, got {self.phases}")
-        if self.grid > self.segment:
-            out.append(f"grid={self.grid} does not fit into segment={self.segment}")
+        if self.probes > self.segment:
+            out.append(f"probes={self.probes} do not fit into segment={self.segment}")
         if self.exposures > self.segment:
             out.append(f"exposures={self.exposures} do not fit into segment={self.segment}")
         if self.second == "zero" and self.first != "zero":
@@ -274,7 +274,7 @@ def log(part: Part, step: int, model, asked: dict, world: World, run: Run, dtype
 def main(cfg: LoopConfig) -> dict:
     """Run or resume the experiment and report. Returns the summary, which is the ledger row."""
     with setup(cfg.device) as dist:
-        if cfg.experiment == "toy":
+        if cfg.toy:
             summary, words = toy(cfg.seeds, cfg.seed)
             say(words)
             return {"status": "finished", "result": summary}
@@ -298,7 +298,7 @@ def main(cfg: LoopConfig) -> dict:
             summary, words = done
             counts = summary.pop("counts", {})  # with times, which differ between machines
             if dist.is_main:
-                write_json(run.path("summary.json"), finite({"experiment": cfg.experiment, **summary}))
+                write_json(run.path("summary.json"), finite({"experiment": "loops", **summary}))
                 say(words)
             run.id = digest(finite(summary))
             return run.finish("finished", counts, summary, choose_dtype(cfg.dtype, dist.device)[0])

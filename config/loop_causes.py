@@ -1,4 +1,4 @@
-# Question: when an answer comes back in a loop, why: last write, cue, anticipation, jolt, free lunch, redirected?
+# Question: when an answer comes back in a loop, why? (last write, cue, anticipation, jolt, free lunch ...)
 #   python loop_train.py config/loop_causes.py
 # Each arm is the control that decides one of the causes.
 d_model = 64

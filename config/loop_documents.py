@@ -1,4 +1,4 @@
-# Question: anticipatory recovery (Yang 2024, 2403.09613): is a document's loss lower again before its turn comes?
+# Question: does a document's loss fall before its turn comes again? (Yang 2024, 2403.09613)
 #   python loop_train.py config/loop_documents.py
 # 25 documents of one row, in order, 10 steps each, with the optimiser's state carried on; no facts.
 d_model = 64
@@ -10,9 +10,9 @@ segment = 10
 cycles = 5
 tail = 0
 rows = 1
-source = "val"
+split = "val"
 questions = own = shared = 0
-grid = 1
+probes = 1
 batch_size = 1
 seeds = 6
 optimizer = "sgd"

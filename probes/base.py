@@ -182,7 +182,8 @@ def base_config(cfg) -> BaseConfig:
     values = {f.name: getattr(cfg, f.name) for f in fields(BaseConfig)}
     values |= {f.name: f.default for f in fields(OptimizerConfig)}  # the probe's optimiser is not the base's
     values |= {"optimizer": cfg.base_optimizer, "lr": cfg.base_lr, "schedule": "constant", "warmup_steps": 50,
-               "seed": cfg.base_seed, "batch_size": cfg.base_batch_size or cfg.batch_size, "question": "", "overwrite": False, "dry_run": False}
+               "seed": cfg.base_seed, "batch_size": cfg.base_batch_size or cfg.batch_size, "question": "",
+               "overwrite": False, "dry_run": False}
     free = ("name", "out_dir", "device", "dtype", "compile", "save_minutes", "micro_batch_size")
     name = digest({k: v for k, v in values.items() if k not in free and (v or k != "context_share")})
     return BaseConfig(**values | {"name": f"base_{name}"})

@@ -30,8 +30,8 @@ class Loops:
         self.length, self.shares = len(self.order) * cfg.segment, cfg.start != "none"
         self.due, self.log = {}, []  # {step: [(fact, wording)]}, [(step, fact)]
         self.plan()
-        offsets = {round(i * cfg.segment / cfg.grid) for i in range(cfg.grid)}
-        offsets |= {2} if cfg.grid > 1 else set()  # soon after a switch
+        offsets = {round(i * cfg.segment / cfg.probes) for i in range(cfg.probes)}
+        offsets |= {2} if cfg.probes > 1 else set()  # soon after a switch
         self.asks = {g * cfg.segment + o for g in range(len(self.order)) for o in offsets} | {self.length}
         last = (cfg.cycles - 1) * cfg.loops
         self.cues = {(last + i) * cfg.segment for i in range(cfg.loops)} if self.questions else set()
@@ -163,13 +163,13 @@ def make_loops(cfg, world: World, pool: list[Fact], text: Text, seed: int) -> Lo
         f.group = "new" if f.loop == K else f.group
     n = len(groups)
     facts = {"questions": questions, "written": pairs[:n], "controls": pairs[n:2 * n]}
-    windows = Windows(getattr(text, cfg.source), cfg.max_seq_len, 1000 + seed)
+    windows = Windows(getattr(text, cfg.split), cfg.max_seq_len, 1000 + seed)
     rows, blocks = cfg.rows or cfg.segment * cfg.batch_size, K + new
     if cfg.order == "single":
         blocks += (cfg.cycles + cfg.tail) * K
     if cfg.rows and blocks * rows > windows.per_epoch:
         raise UserError(f"{blocks} loops of {rows} rows need {blocks * rows:,} rows of {cfg.max_seq_len} "
-                        f"tokens, but the {cfg.source} text has {windows.per_epoch:,}; use fewer --rows or "
+                        f"tokens, but the {cfg.split} text has {windows.per_epoch:,}; use fewer --rows or "
                         "--loops")
     x, y = (z.numpy().reshape(blocks, rows, -1) for z in windows.batch(0, blocks * rows, CPU))
     loops = Loops(cfg, world, facts, x, y, seed)

@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import bench
+import loop_train
 import memory_probe
 import prepare_data
 import quantize
@@ -23,7 +24,7 @@ import pytest
 SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
            "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig,
-           "memory_probe.py": memory_probe.ProbeConfig}
+           "memory_probe.py": memory_probe.ProbeConfig, "loop_train.py": loop_train.LoopConfig}
 
 
 @dataclasses.dataclass
@@ -173,7 +174,7 @@ def unread(script: str, cls, source: str = "") -> set[str]:
     count: common/ may mention an option of the same name for another script. probes/ is part of
     memory_probe.py, and calls the config of an arm `arm`, `c` or `arms[a]`."""
     out, parts, configs = set(), [], ("cfg", "self.cfg")
-    if script == "memory_probe.py":
+    if script in ("memory_probe.py", "loop_train.py"):
         parts, configs = [p.read_text() for p in Path("probes").glob("*.py")], (*configs, "arm", "c",
                                                                                 "arms[a]")
     for c in cls.__mro__[:-1]:
@@ -256,7 +257,8 @@ def test_help_exits_with_0(capsys):
 
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_says_what_it_asks(path):
-    cls = memory_probe.ProbeConfig if path.stem.startswith("probe_") else train.TrainConfig
+    kinds = {"probe": memory_probe.ProbeConfig, "loop": loop_train.LoopConfig}
+    cls = kinds.get(path.stem.split("_")[0], train.TrainConfig)
     assert load(cls, [str(path)]).name == path.stem
     head = path.read_text().splitlines()[:4]
     if path.stem.startswith(("exp", "mini")):

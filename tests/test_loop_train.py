@@ -25,7 +25,7 @@ import torch
 SMALL = {"d_model": 48, "n_layers": 2, "n_heads": 2, "max_seq_len": 48, "batch_size": 16, "pool": 32,
          "pool_share": 0.5, "level": "H0", "base_lr": 8e-3, "seeds": 2, "dtype": "fp32", "device": "cpu",
          "lr": 2e-3, "loops": 3, "segment": 6, "cycles": 3, "tail": 1, "questions": 3, "own": 6, "shared": 2,
-         "grid": 2, "name": "loops"}
+         "probes": 2, "name": "loops"}
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_new_loop_begins_with_the_moments_asked_for_and_shares_what_came_befor
 @pytest.mark.parametrize("options, words", [
     ({"second": "zero"}, "first=zero"), ({"optimizer": "sgd", "second": "loop"}, "no second moment"),
     ({"level": "H3"}, "one token"), ({"start": "average"}, "--first=loop"), ({"phases": (1.5,)}, "phases"),
-    ({"loops": 1}, "loops"), ({"grid": 9}, "grid"), ({"start": "zero", "own": 0}, "own"),
+    ({"loops": 1}, "loops"), ({"probes": 9}, "probes"), ({"start": "zero", "own": 0}, "own"),
     ({"arm": ("lr=x",)}, "arm 'lr=x'"), ({"start": "zero", "order": "mixed"}, "mixed")])
 def test_options_that_make_no_sense_are_refused(place, options, words):
     with pytest.raises(ConfigError, match=words):
@@ -314,7 +314,7 @@ def test_a_planted_cause_is_named_and_no_other(place, plant):
 
 
 def test_the_toy_recovers_in_a_cycle_and_not_shuffled():
-    found = loop_train.main(LoopConfig(experiment="toy", seeds=3))["result"]
+    found = loop_train.main(LoopConfig(toy=True, seeds=3))["result"]
     assert min(found["recovery"]["cycle"]) > 0.25 and max(found["recovery"]["shuffled"]) < 0.15
     losses, visits = causes.toy_losses(1, False, tasks=3, width=4, steps=200, cycles=2)
     assert visits == [0, 1, 2] * 2 and all(losses[i, k] == losses[i].min() for i, k in enumerate(visits))

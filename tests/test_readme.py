@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import bench
+import loop_train
 import memory_probe
 import prepare_data
 import quantize
@@ -23,7 +24,7 @@ SCRIPTS = {module.__name__ + ".py": (module.main, cls) for module, cls in (
     (train, train.TrainConfig), (sample, sample.SampleConfig), (bench, bench.BenchConfig),
     (prepare_data, prepare_data.PrepareConfig), (sweep, sweep.SweepConfig),
     (quantize, quantize.QuantizeConfig), (recall_probe, recall_probe.RecallConfig),
-    (memory_probe, memory_probe.ProbeConfig))}
+    (memory_probe, memory_probe.ProbeConfig), (loop_train, loop_train.LoopConfig))}
 CONFIGS = sorted(str(p) for p in Path("config").glob("*.py"))
 README = Path("README.md").read_text()
 
@@ -75,6 +76,9 @@ SMALLER = {  # flags that make them cheap; the last one given counts
     "memory_probe.py": ["--level=H0", "--pool=8", "--gate=0", "--facts=8", "--seeds=1", "--spread=8",
                         "--steps=2", "--d_model=16", "--n_layers=1", "--n_heads=1", "--batch_size=64",
                         "--device=cpu"],
+    "loop_train.py": ["--level=H0", "--pool=8", "--gate=0", "--seeds=1", "--segment=4", "--cycles=2",
+                      "--probes=2", "--questions=3", "--own=3", "--d_model=16", "--n_layers=1", "--n_heads=1",
+                      "--batch_size=32", "--device=cpu"],
     "recall_probe.py": ["--steps=2", "--eval_sequences=2", "--batch_size=4", "--device=cpu"]}
 ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign")  # have tests of their own
 

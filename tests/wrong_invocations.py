@@ -23,6 +23,7 @@ import traceback
 import typing
 
 import bench
+import loop_train
 import memory_probe
 import prepare_data
 import quantize
@@ -59,6 +60,11 @@ def scripts(out: str, corpus: str, run: str) -> dict[str, tuple]:
             "--device=cpu", "--dtype=fp32", f"--data={corpus}", f"--out_dir={out}/out", "--level=H0",
             "--pool=4", "--gate=0", "--facts=8", "--seeds=1", "--chaos_seeds=0", "--spread=8", "--steps=2",
             "--d_model=8", "--n_layers=1", "--n_heads=1", "--batch_size=64"]),
+        "loop_train": (loop_train.main, loop_train.LoopConfig, [
+            "--device=cpu", "--dtype=fp32", f"--data={corpus}", f"--out_dir={out}/out", "--level=H0",
+            "--pool=4", "--gate=0", "--seeds=1", "--loops=2", "--segment=2", "--cycles=1", "--tail=0",
+            "--questions=2", "--own=2", "--shared=0", "--probes=1", "--d_model=8", "--n_layers=1",
+            "--n_heads=1", "--batch_size=32"]),
         "bench": (bench.main, bench.BenchConfig, [
             "--device=cpu", "--shapes=tiny", "--rounds=1", "--steps=1", f"--out_dir={out}/out"]),
         "prepare_data": (prepare_data.main, prepare_data.PrepareConfig, [
