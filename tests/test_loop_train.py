@@ -14,7 +14,7 @@ from loop_train import LoopConfig, main
 from model import LM
 from muon import OptimizerConfig, make_optimizer, set_learning_rates
 from probes import causes, moments
-from probes.base import pool_of
+from probes.base import architecture, base_config, pool_of
 from probes.loops import find_parts, make_loops, order_of
 from tests.conftest import prepare
 
@@ -24,7 +24,7 @@ import torch
 
 SMALL = {"d_model": 48, "n_layers": 2, "n_heads": 2, "max_seq_len": 48, "batch_size": 16, "pool": 32,
          "pool_share": 0.5, "level": "H0", "base_lr": 8e-3, "seeds": 2, "dtype": "fp32", "device": "cpu",
-         "lr": 2e-3, "loops": 3, "segment": 6, "cycles": 3, "tail": 1, "questions": 3, "own": 6, "shared": 2,
+         "lr": 2e-3, "gate": 0.5, "loops": 3, "segment": 4, "cycles": 3, "tail": 1, "questions": 3, "own": 6, "shared": 2,
          "probes": 2, "name": "loops"}
 
 
@@ -197,7 +197,8 @@ class Stopping(StopRequest):
 def test_interrupted_anywhere_it_gives_the_same_summary(place, whole, monkeypatch):
     cfg, row = whole
     other = replace(cfg, name="again")
-    for after in (5, 17, 30, 61):  # within a segment, at a switch, in the second arm, in the second seed
+    monkeypatch.setattr(causes, "draw", lambda *args: None)
+    for after in (5, 15, 62, 90):  # within a segment, at a switch, in the second arm, in the second seed
         monkeypatch.setattr(loop_train, "StopRequest", lambda after=after: Stopping(after))
         assert main(other)["status"] == "stopped"
     monkeypatch.undo()
@@ -212,6 +213,7 @@ def weights(cfg) -> dict:
 
 def test_global_moments_are_ordinary_training_to_the_bit_and_others_are_not(place, monkeypatch):
     one = {"seeds": 1, "cycles": 2, "tail": 0}
+    monkeypatch.setattr(causes, "draw", lambda *args: None)
     main(cfg := config(place, name="global", **one))
     monkeypatch.setattr(loop_train, "switch", lambda *args: None)
     main(plain := config(place, name="plain", **one))
@@ -221,7 +223,8 @@ def test_global_moments_are_ordinary_training_to_the_bit_and_others_are_not(plac
     assert all(torch.equal(a[k], b[k]) for k in a) and not all(torch.equal(a[k], c[k]) for k in a)
 
 
-def test_loops_train_only_their_part(place):
+def test_loops_train_only_their_part(place, monkeypatch):
+    monkeypatch.setattr(causes, "draw", lambda *args: None)
     cfg = config(place, name="parts", seeds=1, cycles=1, tail=0, parts=("0", "not-ffn"), weight_decay=0.0)
     model = LM(replace(cfg, vocab_size=64, n_tokens=64))
     names = dict(model.named_parameters())
@@ -230,10 +233,14 @@ def test_loops_train_only_their_part(place):
     assert all((".ff" in n) == (n in frozen[1]) for n in names)
     with pytest.raises(UserError, match="number of a block"):
         find_parts(replace(cfg, parts=("7",)), model)
-    main(cfg)
+    main(one := replace(cfg, parts=("1",), name="block1"))
+    base = weights(base_config(architecture(one, open_text(cfg.data).meta)))
+    moved = {name for name, value in weights(one).items() if not torch.equal(value, base[name])}
+    assert moved and all(name.startswith("trunk.1.") for name in moved)
 
 
-def test_a_new_loop_begins_with_the_moments_asked_for_and_shares_what_came_before(place):
+def test_a_new_loop_begins_with_the_moments_asked_for_and_shares_what_came_before(place, monkeypatch):
+    monkeypatch.setattr(causes, "draw", lambda *args: None)
     arms = ("start=average", "start=zero")
     cfg = config(place, name="new", first="loop", second="loop", start="last", arm=arms, seeds=1, cycles=2)
     found = main(cfg)["result"]["outcomes"]
