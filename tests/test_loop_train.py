@@ -24,8 +24,8 @@ import torch
 
 SMALL = {"d_model": 48, "n_layers": 2, "n_heads": 2, "max_seq_len": 48, "batch_size": 16, "pool": 32,
          "pool_share": 0.5, "level": "H0", "base_lr": 8e-3, "seeds": 2, "dtype": "fp32", "device": "cpu",
-         "lr": 2e-3, "gate": 0.5, "loops": 3, "segment": 4, "cycles": 3, "tail": 1, "questions": 3, "own": 6, "shared": 2,
-         "probes": 2, "name": "loops"}
+         "lr": 2e-3, "gate": 0.5, "loops": 3, "segment": 4, "cycles": 3, "tail": 1, "questions": 3,
+         "own": 6, "shared": 2, "probes": 2, "name": "loops"}
 
 
 @pytest.fixture(scope="module")
