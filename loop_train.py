@@ -123,6 +123,11 @@ class LoopConfig(ProbeOptions):
         return self.loops * self.segment
 
     @property
+    def keeps(self) -> bool:
+        """Whether a loop may begin with another optimiser state than the one before left."""
+        return (self.first, self.second, self.start) != ("global", "global", "none")
+
+    @property
     def new_at(self) -> int:
         """The step at which the new loop begins; beyond the end without one."""
         return self.cycles * self.cycle if self.start != "none" else 10**9
@@ -156,8 +161,9 @@ def batch_of(cfg: LoopConfig, loops: Loops, step: int, world: World):
     return x, y
 
 
-def switch(cfg: LoopConfig, optimizer, kept: dict, old: int, new: int) -> None:
-    """Loop `old` ends and `new` begins: keep what the one leaves, bring what the other begins with."""
+def switch(cfg: LoopConfig, optimizer, kept: dict, old: int, new: int) -> int:
+    """Loop `old` ends and `new` begins: keep what the one leaves, bring what the other begins with. Returns
+    the bytes of a state."""
     state = moments.read(optimizer)
     if old >= 0:
         kept[old] = state
@@ -166,8 +172,9 @@ def switch(cfg: LoopConfig, optimizer, kept: dict, old: int, new: int) -> None:
         moments.write(optimizer, {
             "last": state, "zero": moments.EMPTY, "average": mean, "first": {**state, "first": mean["first"]},
             "second": {**mean, "first": {}}, "scrambled": moments.scrambled(mean, 1)}[cfg.start])
-    elif (cfg.first, cfg.second) != ("global", "global"):
+    else:
         moments.write(optimizer, moments.mix(state, kept.get(new), cfg.first, cfg.second))
+    return moments.size(state)
 
 
 def train_loops(cfg: LoopConfig, part: Part, base: dict, saved: dict | None, world: World, run: Run,
@@ -192,10 +199,10 @@ def train_loops(cfg: LoopConfig, part: Part, base: dict, saved: dict | None, wor
             log(part, step, model, asked, world, run, dtype)
         if step == loops.length or stop.agreed(dist):
             break
-        if step % cfg.segment == 0 and cfg.order != "mixed":
+        if step % cfg.segment == 0 and cfg.order != "mixed" and cfg.keeps:
             at = time.perf_counter()
-            switch(cfg, optimizer, kept, loops.loop_at(step - 1) if step else -1, loop)
-            run.switching += time.perf_counter() - at
+            size = switch(cfg, optimizer, kept, loops.loop_at(step - 1) if step else -1, loop)
+            run.switching = [run.switching[0] + time.perf_counter() - at, run.switching[1] + 1, size]
         x, y = batch_of(cfg, loops, step, world)  # (B, T) each
         lr = set_learning_rates(optimizer, cfg, step, loops.length)
         loss = backward(net, split_batch(x, y, cfg, dist), dist, dtype, scaler)
@@ -326,7 +333,8 @@ def experiment(cfg: LoopConfig, arms: list[LoopConfig], labels: list[str], text:
         plans[label, seed] = make_loops(c, world, pool_of(c, world), text, seed)
         facts += [{"arm": label, "seed": seed, **vars(f)} for f in plans[label, seed].facts]
     saved = run.find()
-    run.switching, run.recall = saved["progress"].get("switching", 0.0) if saved else 0.0, ""
+    run.switching = saved["progress"]["switching"] if saved else [0.0, 0, 0]  # seconds, times, bytes
+    run.recall = ""
     rows = read_rows(run.path("probes.jsonl")) if saved else []
     done = {key for r in rows if (key := tuple(r["part"])) in plans and r["step"] == plans[key].last_ask}
     current, reached = (tuple(saved["progress"]["part"]), saved["progress"]["step"]) if saved else (None, 0)

@@ -346,10 +346,11 @@ def report(cfg, arms: list, labels: list[str], plans: dict, rows: list[dict], ru
              *(f"  {e['arm']}, {e['cause']}: {e['verdict']} ({brief(e['effect'])}"
                + (f"; beyond {e['control']} {brief(e['against'])})"
                   if e["against"] and e["against"] != e["effect"] else ")") for e in table),
-             "", *(f"{label}: recovery before the return {', '.join(f'{v:.0%} of {k}' for k, v in r.items())}"
+             "", *cost_of(run),
+             *(f"{label}: recovery before the return {', '.join(f'{v:.0%} of {k}' for k, v in r.items())}"
                    for label, r in ratios.items() if r), "", *lines]
     summary = {"causes": table, "outcomes": found, "recovery": ratios,
-               "counts": {"runs": len(plans), "switching_share": run.switching / max(run.seconds, 1e-9)}}
+               "counts": {"runs": len(plans), "switching": run.switching}}
     text = grid([["arm", "cause", "effect, nats", "95 % from", "to", "p (Holm)", "", "decided by",
                   "beyond it", "from", "to", "p (Holm)", "", "verdict"],
                  *([e["arm"], e["cause"], *cells(e["effect"]), e["control"],
@@ -390,6 +391,13 @@ def draw(arms: dict, plans: dict, records: dict, path: str) -> None:
         if row[0].get_legend_handles_labels()[0]:
             row[0].legend(fontsize=8)
     save_figure(figure, path)
+
+
+def cost_of(run) -> list[str]:
+    """What keeping optimiser states costs, in words."""
+    seconds, times, size = run.switching
+    return [f"a kept state has {size / 2**20:.1f} MiB; a switch takes {1000 * seconds / times:.1f} ms, all "
+            f"{times:,} together {seconds / max(run.seconds, 1e-9):.2%} of the time"] if times else []
 
 
 def during(r: Record, loops: Loops) -> np.ndarray:
