@@ -1,6 +1,7 @@
 # Question: does a document's loss fall before its turn comes again? (Yang 2024, 2403.09613)
 #   python loop_train.py config/loop_documents.py
-# 25 documents of one row, in order, 10 steps each, with the optimiser's state carried on; no facts.
+# 25 documents of one row, ten steps on each, in a cycle; no facts. beta2_tokens: Adam's second moment at the
+# half-life in tokens that it had while the base was trained.
 d_model = 64
 pool = 128
 base_lr = 3e-3
@@ -15,7 +16,5 @@ questions = own = shared = 0
 probes = 1
 batch_size = 1
 seeds = 6
-optimizer = "sgd"
-beta1 = 0.0
-lr = 0.05
-arm = ["order=random", "optimizer=adamw lr=1e-3 beta1=0.9"]
+arm = ["order=random", "beta2_tokens=14000", "first=zero second=zero", "optimizer=sgd beta1=0 lr=0.05",
+       "optimizer=sgd beta1=0 lr=0.05 order=random"]
