@@ -2,14 +2,14 @@
 
 Recovery, our definition (no published code has one): a value (log p of an answer, or minus a text's loss) as
 a function of the lag, the steps since the end of the loop's own segment, is averaged over loops and their
-visits from the second on, at the ends of segments. With `start` its value at lag 0, `trough` at the lag where
-it is smallest, and `pre` at the last lag before a cycle brings the loop back,
+visits from the second on, at the ends of segments. With `start` its value at lag 0, `pre` at the last lag
+before a cycle brings the loop back, and `trough` at the lag between them where it is smallest,
 
     rise = pre - trough        recovery = (pre - trough) / (start - trough)
 
-The lag of the trough is chosen on one half of the items and read on the other, both ways, because the
-smallest of noisy values is always too small. What is judged is `rise` beyond that of a control order at the
-same lags.
+Both are negative where the value falls all the way. The lag of the trough is chosen on one half of the items
+and read on the other, both ways, because the smallest of noisy values is always too small. What is judged is
+`rise` beyond that of a control order at the same lags.
 
 Shapes: P probed steps, K loops, Q questions, F facts, N items
 """
@@ -88,7 +88,7 @@ def recovery(values: np.ndarray, since: np.ndarray, use: np.ndarray, horizon: fl
                 curves[half, j] = values[at].mean()
     if np.isnan(curves).any():
         return None
-    troughs = [curves[1 - h][np.argmin(curves[h])] for h in range(2)]
+    troughs = [curves[1 - h][1 + np.argmin(curves[h][1:-1])] for h in range(2)]
     start, pre, trough = curves[:, 0].mean(), curves[:, -1].mean(), float(np.mean(troughs))
     return {"lags": lags, "curve": curves.mean(axis=0).tolist(), "rise": float(pre - trough),
             "recovery": float((pre - trough) / (start - trough)) if start > trough else math.nan}
@@ -383,6 +383,8 @@ def draw(arms: dict, plans: dict, records: dict, path: str) -> None:
         effect = np.mean([during(r, loops[s]) for s, r in by.items()], axis=0)
         top = max(float(np.nanmax(abs(effect))), 1e-9) if np.isfinite(effect).any() else 1.0
         picture = column[2].imshow(effect, cmap="RdBu_r", vmin=-top, vmax=top)
+        if cfg.loops <= 8:
+            column[2].set(xticks=range(cfg.loops), yticks=range(cfg.loops))
         column[2].set(xlabel="text of loop", ylabel="while this loop runs")
         figure.colorbar(picture, ax=column[2], label="change of loss")
     axes[0][0].set_ylabel("nats since then")
