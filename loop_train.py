@@ -327,10 +327,14 @@ def experiment(cfg: LoopConfig, arms: list[LoopConfig], labels: list[str], text:
     """All seeds of all arms: (summary, words), or None if asked to stop."""
     of = {label: (c, w) for label, c, w in zip(labels, arms, worlds, strict=True)}
     todo = [(label, seed) for seed in range(cfg.seed, cfg.seed + cfg.seeds) for label in labels]
-    plans, prefixes, facts = {}, {}, []
+    plans, prefixes, steps, facts = {}, {}, {}, []
+    alike = {label: digest({k: str(v) for k, v in vars(replace(c, start="none", arm=())).items()})
+             for label, (c, _) in of.items()}  # arms that differ in `start` alone
     for label, seed in todo:
         c, world = of[label]
-        plans[label, seed] = make_loops(c, world, pool_of(c, world), text, seed)
+        plans[label, seed] = plan = make_loops(c, world, pool_of(c, world), text, seed)
+        told = any(plans[other, s].shares and alike[other] == alike[label] for other, s in steps if s == seed)
+        steps[label, seed] = plan.length - c.new_at if told and plan.shares else plan.length
         facts += [{"arm": label, "seed": seed, **vars(f)} for f in plans[label, seed].facts]
     saved = run.find()
     run.switching = saved["progress"]["switching"] if saved else [0.0, 0, 0]  # seconds, times, bytes
@@ -343,14 +347,12 @@ def experiment(cfg: LoopConfig, arms: list[LoopConfig], labels: list[str], text:
         current = None  # the log lost rows, as in a power failure: that run begins again
     run.begin(saved, lambda r: tuple(r["part"]) in done or tuple(r["part"]) not in plans
               or tuple(r["part"]) == current and r["step"] < reached + ("text" not in r))
-    with StepBar(sum(plans[k].length for k in done), sum(p.length for p in plans.values()),
-                 run.dist.is_main) as bar:
+    with StepBar(sum(steps[k] for k in done), sum(steps.values()), run.dist.is_main) as bar:
         for key in todo:
             (label, seed), (c, world) = key, of[key[0]]
             if key in done:
                 continue
-            same = digest({k: str(v) for k, v in vars(replace(c, start="none", arm=())).items()})
-            part = Part(label, seed, plans[key], prefixes.setdefault((seed, same), {}))
+            part = Part(label, seed, plans[key], prefixes.setdefault((seed, alike[label]), {}))
             base = make_base(base_config(c), text, world, pool_of(c, world), run.dist, stop)
             with named(f"arm {label}, seed {seed}"):
                 if base is None or not train_loops(c, part, base, saved if current == key else None, world,
