@@ -1,1 +1,1 @@
-"""The parts of memory_probe.py: bases, experiments with loops of their own, verdicts."""
+"""The parts of memory_probe.py, loop_train.py and optimizer_probe.py: bases, experiments, verdicts."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import bench
 import loop_train
 import memory_probe
+import optimizer_probe
 import prepare_data
 import quantize
 import recall_probe
@@ -24,7 +25,8 @@ import pytest
 SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "bench.py": bench.BenchConfig,
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
            "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig,
-           "memory_probe.py": memory_probe.ProbeConfig, "loop_train.py": loop_train.LoopConfig}
+           "memory_probe.py": memory_probe.ProbeConfig, "loop_train.py": loop_train.LoopConfig,
+           "optimizer_probe.py": optimizer_probe.SteerConfig}
 
 
 @dataclasses.dataclass
@@ -172,9 +174,9 @@ def reads(source: str, classes: set[str], configs=("cfg", "self.cfg")) -> set[st
 def unread(script: str, cls, source: str = "") -> set[str]:
     """Options of `cls` that neither the script reads nor the module that declares them. Other modules do not
     count: common/ may mention an option of the same name for another script. probes/ is part of
-    memory_probe.py, and calls the config of an arm `arm`, `c` or `arms[a]`."""
+    the three probing scripts, and calls the config of an arm `arm`, `c` or `arms[a]`."""
     out, parts, configs = set(), [], ("cfg", "self.cfg")
-    if script in ("memory_probe.py", "loop_train.py"):
+    if script in ("memory_probe.py", "loop_train.py", "optimizer_probe.py"):
         parts, configs = [p.read_text() for p in Path("probes").glob("*.py")], (*configs, "arm", "c",
                                                                                 "arms[a]")
     for c in cls.__mro__[:-1]:
@@ -218,7 +220,7 @@ def test_an_option_has_one_type_in_all_scripts():
     for script, cls in SCRIPTS.items():
         for name, kind in option_types(cls).items():
             types.setdefault(name, {}).setdefault(str(kind), []).append(script)
-    assert not {name: kinds for name, kinds in types.items() if len(kinds) > 1}
+    assert {name for name, kinds in types.items() if len(kinds) > 1} <= {"experiment"}  # each has its own
     assert all({"device", "dtype", "compile"} <= option_types(cls).keys() for script, cls in SCRIPTS.items()
                if script != "prepare_data.py")  # which runs no model
 
@@ -257,7 +259,8 @@ def test_help_exits_with_0(capsys):
 
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_says_what_it_asks(path):
-    kinds = {"probe": memory_probe.ProbeConfig, "loop": loop_train.LoopConfig}
+    kinds = {"probe": memory_probe.ProbeConfig, "loop": loop_train.LoopConfig,
+             "steer": optimizer_probe.SteerConfig, "rates": optimizer_probe.SteerConfig}
     cls = kinds.get(path.stem.split("_")[0], train.TrainConfig)
     assert load(cls, [str(path)]).name == path.stem
     head = path.read_text().splitlines()[:4]

@@ -9,6 +9,7 @@ from pathlib import Path
 import bench
 import loop_train
 import memory_probe
+import optimizer_probe
 import prepare_data
 import quantize
 import recall_probe
@@ -24,7 +25,8 @@ SCRIPTS = {module.__name__ + ".py": (module.main, cls) for module, cls in (
     (train, train.TrainConfig), (sample, sample.SampleConfig), (bench, bench.BenchConfig),
     (prepare_data, prepare_data.PrepareConfig), (sweep, sweep.SweepConfig),
     (quantize, quantize.QuantizeConfig), (recall_probe, recall_probe.RecallConfig),
-    (memory_probe, memory_probe.ProbeConfig), (loop_train, loop_train.LoopConfig))}
+    (memory_probe, memory_probe.ProbeConfig), (loop_train, loop_train.LoopConfig),
+    (optimizer_probe, optimizer_probe.SteerConfig))}
 CONFIGS = sorted(str(p) for p in Path("config").glob("*.py"))
 README = Path("README.md").read_text()
 
@@ -79,6 +81,7 @@ SMALLER = {  # flags that make them cheap; the last one given counts
     "loop_train.py": ["--level=H0", "--pool=8", "--gate=0", "--seeds=1", "--segment=4", "--cycles=2",
                       "--probes=2", "--questions=3", "--own=3", "--d_model=16", "--n_layers=1", "--n_heads=1",
                       "--batch_size=32", "--device=cpu"],
+    "optimizer_probe.py": ["--targets=2", "--seeds=1", "--steps=2", "--device=cpu"],
     "recall_probe.py": ["--steps=2", "--eval_sequences=2", "--batch_size=4", "--device=cpu"]}
 ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign")  # have tests of their own
 

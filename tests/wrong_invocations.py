@@ -25,6 +25,7 @@ import typing
 import bench
 import loop_train
 import memory_probe
+import optimizer_probe
 import prepare_data
 import quantize
 import recall_probe
@@ -65,6 +66,10 @@ def scripts(out: str, corpus: str, run: str) -> dict[str, tuple]:
             "--pool=4", "--gate=0", "--seeds=1", "--loops=2", "--segment=2", "--cycles=1", "--tail=0",
             "--questions=2", "--own=2", "--shared=0", "--probes=1", "--d_model=8", "--n_layers=1",
             "--n_heads=1", "--batch_size=32"]),
+        "optimizer_probe": (optimizer_probe.main, optimizer_probe.SteerConfig, [
+            "--device=cpu", "--task=text", f"--data={corpus}", f"--out_dir={out}/out", "--seeds=1",
+            "--steps=2", "--targets=2", "--points=1", "--d_model=8", "--n_layers=1", "--n_heads=1",
+            "--max_seq_len=16", "--batch_size=2"]),
         "bench": (bench.main, bench.BenchConfig, [
             "--device=cpu", "--shapes=tiny", "--rounds=1", "--steps=1", f"--out_dir={out}/out"]),
         "prepare_data": (prepare_data.main, prepare_data.PrepareConfig, [
