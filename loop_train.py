@@ -71,7 +71,7 @@ class LoopConfig(ProbeOptions):
     cycles: int = 6  # in which facts are written
     tail: int = 2  # cycles after them in which none is
     order: Literal[ORDERS] = "cycle"  # cycle | shuffled | random | reversed | mixed | single: control orders
-    split: Literal["train", "val"] = "train"  # split that the loops' text is from
+    text_split: Literal["train", "val"] = "train"  # split that the loops' text is from
     rows: int = 0  # rows of text of a loop; 0 = all that its segment reads are different
     questions: int = 15  # that all loops answer, each in its way
     own: int = 15  # facts of each loop

@@ -11,7 +11,7 @@ segment = 10
 cycles = 5
 tail = 0
 rows = 1
-split = "val"
+text_split = "val"
 questions = own = shared = 0
 probes = 1
 batch_size = 1

@@ -163,13 +163,13 @@ def make_loops(cfg, world: World, pool: list[Fact], text: Text, seed: int) -> Lo
         f.group = "new" if f.loop == K else f.group
     n = len(groups)
     facts = {"questions": questions, "written": pairs[:n], "controls": pairs[n:2 * n]}
-    windows = Windows(getattr(text, cfg.split), cfg.max_seq_len, 1000 + seed)
+    windows = Windows(getattr(text, cfg.text_split), cfg.max_seq_len, 1000 + seed)
     rows, blocks = cfg.rows or cfg.segment * cfg.batch_size, K + new
     if cfg.order == "single":
         blocks += (cfg.cycles + cfg.tail) * K
     if cfg.rows and blocks * rows > windows.per_epoch:
         raise UserError(f"{blocks} loops of {rows} rows need {blocks * rows:,} rows of {cfg.max_seq_len} "
-                        f"tokens, but the {cfg.split} text has {windows.per_epoch:,}; use fewer --rows or "
+                        f"tokens, but the {cfg.text_split} text has {windows.per_epoch:,}; use fewer --rows or "
                         "--loops")
     x, y = (z.numpy().reshape(blocks, rows, -1) for z in windows.batch(0, blocks * rows, CPU))
     loops = Loops(cfg, world, facts, x, y, seed)

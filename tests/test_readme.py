@@ -230,13 +230,6 @@ def test_make_targets_the_readme_names_exist():
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-def test_links_within_the_readme_lead_somewhere():
-    headings = re.findall(r"^## (.*)$", README, re.M)
-    headings = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = set(re.findall(r"\]\(#(.*?)\)", README))
-    assert links <= headings and len(links) > 5, links - headings
-
-
 def test_troubleshooting_quotes_real_messages():
     paths = ["train.py", "model.py", "prepare_data.py", *Path("common").glob("*.py")]
     sources = "".join(Path(p).read_text() for p in paths)
