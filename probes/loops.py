@@ -169,8 +169,8 @@ def make_loops(cfg, world: World, pool: list[Fact], text: Text, seed: int) -> Lo
         blocks += (cfg.cycles + cfg.tail) * K
     if cfg.rows and blocks * rows > windows.per_epoch:
         raise UserError(f"{blocks} loops of {rows} rows need {blocks * rows:,} rows of {cfg.max_seq_len} "
-                        f"tokens, but the {cfg.text_split} text has {windows.per_epoch:,}; use fewer --rows or "
-                        "--loops")
+                        f"tokens, but the {cfg.text_split} text has {windows.per_epoch:,}; use fewer --rows "
+                        "or --loops")
     x, y = (z.numpy().reshape(blocks, rows, -1) for z in windows.batch(0, blocks * rows, CPU))
     loops = Loops(cfg, world, facts, x, y, seed)
     for step, said in loops.due.items():
