@@ -51,7 +51,7 @@ from probes.base import (
 )
 from probes.causes import report, toy
 from probes.loops import Loops, find_parts, make_loops, row_losses
-from probes.stream import rate_factors
+from probes.stream import rate_factors, rescale
 
 import numpy as np
 import torch
@@ -224,13 +224,6 @@ def train_loops(cfg: LoopConfig, part: Part, base: dict, saved: dict | None, wor
     if step == loops.length and loops.lessons:
         relearn(cfg, part, model, optimizer, scaler, asked[False], world, run)
     return step == loops.length
-
-
-@torch.no_grad()
-def rescale(factors: dict, old: list) -> None:
-    """Multiply what a step changed."""
-    for (p, factor), was in zip(factors.items(), old, strict=True):
-        p.copy_(was + factor * (p - was))
 
 
 def begin(cfg: LoopConfig, part: Part, base: dict, saved: dict | None, run: Run):

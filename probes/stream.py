@@ -186,6 +186,13 @@ def rate_factors(cfg, model, seed: int) -> dict:
     return factors
 
 
+@torch.no_grad()
+def rescale(factors: dict, old: list) -> None:
+    """Multiply what a step changed."""
+    for (p, factor), was in zip(factors.items(), old, strict=True):
+        p.copy_(was + factor * (p - was))
+
+
 def pass_through(cfg, seed: int, stream: Stream, base: dict, tok, run, stop, bar: StepBar) -> dict | None:
     """Train along the stream and ask on the way; None if asked to stop."""
     dist, dtype, lags = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0], lags_of(cfg)
@@ -207,9 +214,7 @@ def pass_through(cfg, seed: int, stream: Stream, base: dict, tok, run, stop, bar
         loss = backward(net, split_batch(stream.x[rows], stream.y[rows], cfg, dist), dist, dtype, scaler)
         old = [p.detach().clone() for p in factors]
         update(model, optimizer, scaler, cfg.grad_clip, loss)
-        with torch.no_grad():
-            for (p, factor), was in zip(factors.items(), old, strict=True):
-                p.copy_(was + factor * (p - was))
+        rescale(factors, old)
         due = [(i, lags.index(step - t)) for i, t in enumerate(stream.last) if step - t in lags]
         if due:
             pairs, places = zip(*due, strict=True)
