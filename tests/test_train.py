@@ -490,8 +490,11 @@ def test_contradictions_are_refused(small, options, message):
         small(**options)
 
 
-@pytest.mark.parametrize("path", sorted(p for p in Path("config").glob("[a-z]*.py")
-                                        if not p.stem.startswith(("probe", "loop", "steer", "rates"))), ids=lambda p: p.stem)
+MINE = sorted(p for p in Path("config").glob("[a-z]*.py")
+              if not p.stem.startswith(("probe", "loop", "steer", "rates")))  # other scripts' configs
+
+
+@pytest.mark.parametrize("path", MINE, ids=lambda p: p.stem)
 def test_every_config_takes_two_steps(path, corpus, tmp_path):
     cfg = load(train.TrainConfig, [
         str(path), f"--data={corpus}", f"--out_dir={tmp_path}", "--batch_size=2", "--max_seq_len=16",
