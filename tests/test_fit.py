@@ -24,11 +24,13 @@ CPU = torch.device("cpu")
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory means something else there")
 @pytest.mark.parametrize("options", [
     {"d_model": 256, "n_layers": 8, "max_seq_len": 256, "batch_size": 16, "dtype": "fp32"},
-    {"d_model": 512, "n_layers": 6, "n_heads": 8, "batch_size": 4, "micro_batch_size": 2, "dtype": "fp32"},
+    pytest.param({"d_model": 512, "n_layers": 6, "n_heads": 8, "batch_size": 4, "micro_batch_size": 2,
+                  "dtype": "fp32"}, marks=pytest.mark.slow),
     {"d_model": 256, "n_layers": 8, "max_seq_len": 1024, "batch_size": 4, "dtype": "fp32", "pos": "rope",
      "checkpoint_activations": True, "activation": "swiglu"},
-    {"mixer": "context", "d_model": 256, "d_ff": 512, "n_layers": 6, "max_seq_len": 64, "batch_size": 256,
-     "pos": "none", "activation": "relu", "tie_embeddings": False, "dtype": "fp32"},
+    pytest.param({"mixer": "context", "d_model": 256, "d_ff": 512, "n_layers": 6, "max_seq_len": 64,
+                  "batch_size": 256, "pos": "none", "activation": "relu", "tie_embeddings": False,
+                  "dtype": "fp32"}, marks=pytest.mark.slow),
     {"mixer": "context", "context_update": "scan", "d_model": 256, "d_ff": 512, "n_layers": 4,
      "max_seq_len": 1024, "batch_size": 8, "tbptt": 512, "pos": "none", "dtype": "fp32"}])
 def test_the_prediction_is_within_15_percent(corpus, tmp_path, options):
