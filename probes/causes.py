@@ -298,9 +298,9 @@ def outcomes(r: Record, loops: Loops) -> dict[str, np.ndarray]:
         out["own facts, over the last written cycle"] = gains[ending][:, where >= 0].mean(axis=0)
         out["own facts, at the end"] = gains[-1][where >= 0]
     arrivals = [r.text[(r.steps % cfg.segment == 0) & (r.loop == k), k] for k in range(cfg.loops)]
-    if all(map(len, arrivals)):
-        out["loss on a loop's text as it begins"] = np.array([a[1:].mean() if len(a) > 1 else a[0]
-                                                              for a in arrivals])
+    arrivals = [a[1:].mean() if len(a) > 1 else a[0] for a in arrivals if len(a)]  # some may never come
+    if arrivals:
+        out["loss on a loop's text as it begins"] = np.array(arrivals)
     return out
 
 
@@ -308,16 +308,18 @@ def compare(cfg, arms: dict, plans: dict, records: dict) -> tuple[dict, list[str
     """({arm: {what: effect}}, words): of each arm, and against the first of its kind."""
     found = {label: {s: outcomes(records[label][s], plans[label][s]) for s in records[label]}
              for label in arms}
-    out = {label: {what: describe([by[s][what] for s in by], cfg.bound)
-                   for what in next(iter(by.values()))}
+    asked = {label: [what for what in next(iter(by.values())) if all(what in z for z in by.values())]
+             for label, by in found.items()}
+    out = {label: {what: describe([by[s][what] for s in by], cfg.bound) for what in asked[label]}
            for label, by in found.items()}
     lines = []
     for shares in (False, True):
         same = [label for label, c in arms.items() if (c.start != "none") == shares]
-        for what in next(iter(found[same[0]].values())) if same else ():
+        for what in asked[same[0]] if same else ():
+            with_it = [label for label in same if what in asked[label]]
             lines += [f"{label}: {what} {e['mean']:+.2f} ({e['low']:+.2f} to {e['high']:+.2f})"
-                      for label in same for e in [out[label][what]]]
-            lines += between([{s: by[what] for s, by in found[label].items()} for label in same], same,
+                      for label in with_it for e in [out[label][what]]]
+            lines += between([{s: by[what] for s, by in found[label].items()} for label in with_it], with_it,
                              cfg.bound, what)
     return out, lines
 

@@ -320,6 +320,16 @@ def test_a_planted_cause_is_named_and_no_other(place, plant):
         assert next(e["verdict"] for e in alone if e["cause"] == "jolt").startswith("undecided")
 
 
+def test_a_loop_that_never_comes_is_left_out(place):
+    options = {"order": "random", "loops": 6, "cycles": 1, "tail": 0}
+    cfg, made = config(place, **options), {s: synthetic(place, s, "nothing", **options) for s in (1, 2, 3)}
+    assert any(len(set(loops.order)) < 6 for loops, _ in made.values())
+    loops, records = ({"as it is": {s: made[s][i] for s in made}} for i in range(2))
+    found, _ = causes.compare(cfg, {"as it is": cfg}, loops, records)
+    assert abs(found["as it is"]["loss on a loop's text as it begins"]["mean"] - 4) < 0.1
+    causes.decide(cfg, {"as it is": cfg}, loops, records)
+
+
 def test_the_toy_recovers_in_a_cycle_and_not_shuffled():
     found = loop_train.main(LoopConfig(toy=True, seeds=3))["result"]
     assert min(found["recovery"]["cycle"]) > 0.25 and max(found["recovery"]["shuffled"]) < 0.15
