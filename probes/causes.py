@@ -379,7 +379,11 @@ def draw(arms: dict, plans: dict, records: dict, path: str) -> None:
             margins = np.mean([(r.choices[:, :, k] - r.choices[:, :, -1]).mean(axis=1)
                                for r in by.values()], axis=0)
             column[1].plot(one.steps, margins, color=f"C{k}", label=f"loop {k}", linewidth=0.9)
-        column[1].axhline(0, color="black", linewidth=0.8)  # the foil
+        for k in range(min(cfg.loops, 3)) if not cfg.questions else ():
+            column[1].plot(one.steps, np.mean([r.text[:, k] for r in by.values()], axis=0), color=f"C{k}",
+                           label=f"text {k}", linewidth=0.9)
+        if cfg.questions:
+            column[1].axhline(0, color="black", linewidth=0.8)  # the foil
         column[1].axvline(cfg.cycles * cfg.cycle, color="black", linestyle=":")
         column[1].set(xlabel="step (dotted: the last is written)")
         effect = np.mean([during(r, loops[s]) for s, r in by.items()], axis=0)
@@ -390,7 +394,8 @@ def draw(arms: dict, plans: dict, records: dict, path: str) -> None:
         column[2].set(xlabel="text of loop", ylabel="while this loop runs")
         figure.colorbar(picture, ax=column[2], label="change of loss")
     axes[0][0].set_ylabel("nats since then")
-    axes[1][0].set_ylabel("log p of its answer beyond the foil")
+    asks = next(iter(arms.values())).questions
+    axes[1][0].set_ylabel("log p of its answer beyond the foil" if asks else "loss on its text")
     for row in axes[:2]:
         if row[0].get_legend_handles_labels()[0]:
             row[0].legend(fontsize=8)
