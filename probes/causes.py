@@ -270,7 +270,9 @@ def answer(e: dict) -> str:
         return f"undecided: needs {e['needs']}"
     if against["verdict"] == "signal":
         return "yes" if against["mean"] > 0 else "no, less than its control"
-    return f"no more than its control: {against['verdict']}"
+    if against["verdict"].startswith("none"):
+        return f"no more than its control: {against['verdict']}"
+    return f"beyond its control {against['verdict']}"
 
 
 # ------------------------------------------------------------------------------------------------------------
