@@ -67,6 +67,7 @@ class GPT(nn.Module):
 '''
 
 
+@pytest.mark.slow
 def test_races_against_a_peer_that_fails_to_compile_and_then_dies(tmp_path, monkeypatch, capfd):
     (tmp_path / "standin").mkdir()
     (tmp_path / "standin" / "model.py").write_text(STAND_IN)

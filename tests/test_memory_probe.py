@@ -391,6 +391,7 @@ def test_fresh_state_and_beta2_by_tokens(place):
     assert asdict(base_module.base_config(cfg))["beta2"] == 0.95
 
 
+@pytest.mark.slow
 def test_the_artefacts_appear_and_vanish(place):
     cfg = config(place, name="lab", experiment="artefacts", seeds=1)
     row = main(cfg)

@@ -170,7 +170,8 @@ print("killed", sum(c == -9 for c in codes), "last", codes[-1])
 """
 
 
-@pytest.mark.parametrize("minutes", [0.0, 5.0])  # between saves; with 5 an evaluation makes the first one
+@pytest.mark.parametrize("minutes", [  # between saves; with 5 an evaluation makes the first one
+    5.0, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_kill_9_while_files_are_written_loses_nothing(small, minutes):
     """Kills at random moments are in tests/kills.py."""
     options = {"save_minutes": minutes, "max_steps": 40, "dropout": 0.1}
