@@ -47,11 +47,13 @@ from probes.base import (
     named,
     net_of,
     pool_of,
+    rescale,
     split_batch,
+    worlds_of,
 )
 from probes.causes import report, toy
 from probes.loops import Loops, find_parts, make_loops, row_losses
-from probes.stream import rate_factors, rescale
+from probes.stream import rate_factors
 
 import numpy as np
 import torch
@@ -115,6 +117,8 @@ class LoopConfig(ProbeOptions):
                        "--second=loop")
         if self.start != "none" and self.order == "mixed":
             out.append(f"start={self.start}: order=mixed has no loops whose moments could be kept")
+        if self.toy and self.dry_run:
+            out.append("toy takes seconds and has no plan: leave out --dry_run")
         return out or self.arm_problems()
 
     @property
@@ -257,11 +261,12 @@ def relearn(cfg: LoopConfig, part: Part, model, optimizer, scaler, asked, world:
 def log(part: Part, step: int, model, asked: dict, world: World, run: Run, dtype: str) -> None:
     """Add a row of answers to probes.jsonl."""
     loops, cue = part.loops, step in part.loops.cues and True in asked
-    scores = probing.answers(model, asked[False], world.answer_ids, dtype) if asked[False] else None
-    row = loops.read(scores) if asked[False] else {}
+    row = {}
+    if asked[False]:
+        row = loops.read(probing.score(model, asked[False], world.answer_ids, dtype).answers)
     row["text"] = row_losses(model, loops, run.dist.device, dtype)
     if cue:
-        row["cue"] = loops.read_cues(probing.answers(model, asked[True], world.answer_ids, dtype))
+        row["cue"] = loops.read_cues(probing.score(model, asked[True], world.answer_ids, dtype).answers)
     run.recall = " ".join(f"{r:.2f}" for r in loops.recall(row))
     if run.dist.is_main:
         append_row(run.path("probes.jsonl"), {"part": part.key, "step": step, **row})
@@ -280,7 +285,7 @@ def main(cfg: LoopConfig) -> dict:
             return {"status": "finished", "result": summary}
         text = open_text(cfg.data)
         arms = [architecture(c, text.meta) for c in (cfg, *(changed(cfg, a) for a in cfg.arm))]
-        worlds = [World(text.tok, c.level, c.base_seed, c.answers) for c in arms]
+        worlds = worlds_of(arms, text)
         for c in arms:
             fit.refuse_hopeless(LM, c, fit.room_for(0.0, dist), c.batch_size, fit.states_of(c), cfg.dry_run)
         if dist.device.type == "cpu":

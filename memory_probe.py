@@ -58,6 +58,7 @@ from probes.base import (
     pool_batch,
     pool_of,
     split_batch,
+    worlds_of,
 )
 from probes.context import handover, incontext
 from probes.effects import early_and_late
@@ -478,9 +479,7 @@ def main(cfg: ProbeConfig) -> dict:
     with setup(cfg.device) as dist:
         text = open_text(cfg.data)
         arms = [architecture(c, text.meta) for c in (cfg, *(changed(cfg, a) for a in cfg.arm))]
-        made = {}  # arms mostly share a world
-        worlds = [made.setdefault(key, made.get(key) or World(text.tok, *key))
-                  for key in ((c.level, c.base_seed, c.answers) for c in arms)]
+        worlds = worlds_of(arms, text)
         if cfg.show_facts:
             show_facts(cfg, worlds[0])
             return {"status": "shown"}

@@ -70,7 +70,7 @@ TINY = 1e-5  # of the loss: the decrease for which a small step of the law is ma
 class SteerConfig(RunConfig, OptimizerConfig, ModelConfig):
     MAY_CHANGE = {"seeds", "seed", "bound", "cost"}
     # experiment
-    experiment: Literal["steer", "rates"] = "steer"  # steer | rates
+    study: Literal["steer", "rates"] = "steer"  # steer | rates
     task: Literal["digits", "text"] = "digits"  # digits (8 x 8 images, an MLP) | text (a language model)
     data: str = "data/shakespeare"  # text: the folder made by prepare_data.py
     seeds: int = 4  # seed, seed + 1, ...: other weights, other batches
@@ -118,8 +118,8 @@ class SteerConfig(RunConfig, OptimizerConfig, ModelConfig):
             out.append("steer=displacement is against where A is: use --reference=last")
         if self.split == "classes" and self.task != "digits":
             out.append(f"split=classes is for --task=digits, not {self.task}")
-        if self.experiment == "rates" and (self.cost or not self.profiles):
-            out.append("experiment=rates needs profiles, and always says what they cost: leave out --cost")
+        if self.study == "rates" and (self.cost or not self.profiles):
+            out.append("study=rates needs profiles, and always says what they cost: leave out --cost")
         if self.dtype == "fp16":
             out.append("dtype=fp16 needs scaled gradients, whose overflow would be steered; use bf16 or fp32")
         return out
@@ -367,9 +367,9 @@ def cost_of(cfg: SteerConfig, task: Task, dist: Dist) -> str:
 
 
 def describe(cfg: SteerConfig) -> str:
-    runs = (1 + (cfg.targets if cfg.experiment == "steer" else len(cfg.profiles))) * cfg.seeds
+    runs = (1 + (cfg.targets if cfg.study == "steer" else len(cfg.profiles))) * cfg.seeds
     what = f"{cfg.steer} steered ({cfg.scope}): ({cfg.targets} targets + unsteered)" \
-        if cfg.experiment == "steer" else f"rates: (plain + {', '.join(cfg.profiles)})"
+        if cfg.study == "steer" else f"rates: (plain + {', '.join(cfg.profiles)})"
     return (f"experiment  {what} x {cfg.seeds} seeds = {runs:,} runs of {cfg.steps:,} steps of each learner\n"
             f"training    {cfg.task}, {cfg.batch_size} rows a step, {cfg.optimizer} lr {cfg.lr:g} "
             f"{cfg.schedule}, weight decay {cfg.weight_decay:g}")
@@ -391,13 +391,13 @@ def main(cfg: SteerConfig) -> dict:
             say(cost_of(cfg, task, dist))
             return {"status": "timed"}
         with Run(cfg, dist, "optimizer_probe", task.tokenizer, task.sha256) as run, StopRequest() as stop:
-            done = {"steer": steer, "rates": rates}[cfg.experiment](cfg, task, run, stop)
+            done = {"steer": steer, "rates": rates}[cfg.study](cfg, task, run, stop)
             if done is None:
                 say(f"stopped and saved in {run.folder}; continue with:  {resume_command()}")
                 return run.finish("stopped", {}, {}, cfg.dtype)
             summary, words = done
             counts = summary.pop("counts")  # with times, which differ between machines
-            write_json(run.path("summary.json"), finite({"experiment": cfg.experiment, **summary}))
+            write_json(run.path("summary.json"), finite({"experiment": cfg.study, **summary}))
             say(words)
             run.id = digest(finite(summary))
             return run.finish("finished", counts, summary, choose_dtype(cfg.dtype, dist.device)[0])

@@ -30,6 +30,7 @@ class Scores(NamedTuple):
     rank: np.ndarray  # of the target's first token among the answers A; 0 = the most probable
     guess: np.ndarray  # the most probable answer, an index in A
     confidence: np.ndarray  # the largest probability over all tokens
+    answers: np.ndarray  # (N, A) log p of every answer as the target's first token
 
 
 def batches(probes: list[Probe], pad: int, device) -> list[Batch]:
@@ -61,7 +62,7 @@ def score(model, prepared: list[Batch], answer_ids: list[int], dtype: str = "fp3
     asked, in fp32."""
     training = model.training
     model.eval()
-    found, order = [], np.concatenate([b.order for b in prepared])
+    found, every, order = [], [], np.concatenate([b.order for b in prepared])
     for tokens, rows, places, targets, first, _ in prepared:
         with autocast(dtype, tokens.device):
             hidden = model.hidden(tokens)[rows, places].float()  # (M, C)
@@ -71,26 +72,11 @@ def score(model, prepared: list[Batch], answer_ids: list[int], dtype: str = "fp3
         wrong = (best.indices != targets).float()  # (M,)
         sums = torch.zeros(2, len(tokens), device=own.device).index_add_(1, rows, torch.stack((own, wrong)))
         answers = logits[first][:, answer_ids] - total[first, None]  # (N, A)
+        every.append(answers.cpu())
         found.append(torch.stack((
             sums[0], (sums[1] == 0).float(), (answers > own[first][:, None]).sum(dim=1).float(),
             answers.argmax(dim=1).float(), (best.values - total)[first].exp())).cpu())  # (5, N)
     model.train(training)
-    values = np.empty((5, len(order)))
-    values[:, order] = torch.cat(found, dim=1).numpy()
-    return Scores(*values)
-
-
-@torch.inference_mode()
-def answers(model, prepared: list[Batch], answer_ids: list[int], dtype: str = "fp32") -> np.ndarray:
-    """log p of every answer as the first token of each probe's target, in nats: (probes, A)."""
-    training = model.training
-    model.eval()
-    out = np.empty((sum(len(b.order) for b in prepared), len(answer_ids)))
-    for tokens, _, places, _, first, order in prepared:
-        with autocast(dtype, tokens.device):
-            rows = torch.arange(len(tokens), device=tokens.device)
-            hidden = model.hidden(tokens)[rows, places[first]].float()  # (N, C)
-        logits = model.head(hidden[None])[0, :, :model.n_tokens]  # (N, V)
-        out[order] = (logits[:, answer_ids] - logits.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
-    model.train(training)
-    return out
+    values, beliefs = np.empty((5, len(order))), np.empty((len(order), len(answer_ids)))
+    values[:, order], beliefs[order] = torch.cat(found, dim=1).numpy(), torch.cat(every).numpy()
+    return Scores(*values, beliefs)

@@ -265,6 +265,13 @@ def net_of(model: LM, cfg: BaseConfig, steps: int, dist: Dist):
     return wrap(model, choose_compile(cfg.compile, flops, dist.device)[0], dist)
 
 
+@torch.no_grad()
+def rescale(factors: dict, old: list) -> None:
+    """Multiply by its factor what a step changed of each parameter; `old`: the parameters before it."""
+    for (p, factor), was in zip(factors.items(), old, strict=True):
+        p.copy_(was + factor * (p - was))
+
+
 def split_batch(x, y, cfg: BaseConfig, dist: Dist) -> list:
     """This process's rows as micro-batches on its device."""
     mine = [torch.as_tensor(z)[dist.rank::dist.world].to(dist.device) for z in (x, y)]
@@ -368,6 +375,13 @@ def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist:
 
 def pool_of(cfg: BaseConfig, world: World) -> list[Fact]:
     return make_facts(world, "pool", cfg.pool, world.seed) if cfg.pool else []
+
+
+def worlds_of(arms: list, text: Text) -> list[World]:
+    """Of each arm; most share one."""
+    made = {}
+    return [made.setdefault(key, made.get(key) or World(text.tok, *key))
+            for key in ((c.level, c.base_seed, c.answers) for c in arms)]
 
 
 def bases_of(arms: list, needed: list[int], text: Text, worlds: list[World], run: Run, stop) -> dict | None:

@@ -293,10 +293,11 @@ def outcomes(r: Record, loops: Loops) -> dict[str, np.ndarray]:
                 "old facts, after 20 steps of the new loop": gains[at[1], old],
                 "old facts, at the end": gains[-1, old]}
     ending = (r.steps >= (cfg.cycles - 1) * cfg.cycle) & (r.steps <= cfg.cycles * cfg.cycle)
-    if own := [f.group.startswith("own") for f in loops.written].count(True):
-        first = [gains[np.flatnonzero(r.since[:, k] == 0), :][:, where == k] for k in range(cfg.loops)]
-        out["own facts, right after their loop"] = np.concatenate([z.mean(axis=0) for z in first if len(z)]) \
-            if all(len(z) for z in first) else np.zeros(own)
+    if any(f.group.startswith("own") for f in loops.written):
+        ends = [gains[r.since[:, k] == 0][:, where == k] for k in range(cfg.loops)]
+        ends = [z.mean(axis=0) for z in ends if len(z)]  # some loops may never come
+        if ends:
+            out["own facts, right after their loop"] = np.concatenate(ends)
         out["own facts, over the last written cycle"] = gains[ending][:, where >= 0].mean(axis=0)
         out["own facts, at the end"] = gains[-1][where >= 0]
     arrivals = [r.text[(r.steps % cfg.segment == 0) & (r.loop == k), k] for k in range(cfg.loops)]
@@ -455,7 +456,7 @@ def toy_recovery(seed: int, shuffled: bool) -> dict:
 
 def toy(seeds: int, first: int) -> tuple[dict, str]:
     """The positive control of anticipatory recovery (Yang 2024, 2403.09613): (summary, words)."""
-    every = range(first, first + max(seeds, 3))
+    every = range(first, first + seeds)
     found = {name: [toy_recovery(s, name == "shuffled") for s in every] for name in ("cycle", "shuffled")}
     rises = {name: [np.array([x["rise"]]) for x in them] for name, them in found.items()}
     effects = [describe(rises["cycle"], 1e-4), describe(rises["shuffled"], 1e-4),

@@ -17,7 +17,7 @@ from common.console import StepBar
 from common.distributed import autocast, choose_dtype
 from common.tables import grid, new_figure, save_figure
 from muon import OPTIMIZERS, parameter_groups, set_learning_rates
-from probes.base import named
+from probes.base import named, rescale
 from probes.effects import cells, describe, judge, said, write_report
 from probes.tasks import gradient_of, plain_sgd, prepared
 
@@ -78,8 +78,7 @@ class Rated:
         before = [p.clone() for p in self.masks]
         set_learning_rates(self.optimizer, self.cfg, step, self.cfg.steps)
         self.optimizer.step()
-        for (p, mask), was in zip(self.masks.items(), before, strict=True):
-            p.copy_(was + mask * (p - was))
+        rescale(self.masks, before)
 
 
 def rates(cfg, task, run, stop):

@@ -29,7 +29,7 @@ from common.step import backward, update
 from common.tables import grid, new_figure, save_figure
 from common.tokenizer import EOT
 from muon import set_learning_rates
-from probes.base import bases_of, carries, load_base, named, net_of, split_batch
+from probes.base import bases_of, carries, load_base, named, net_of, rescale, split_batch
 from probes.effects import band, between, cells, describe, early_and_late, judge, pooled, said, write_report
 
 import numpy as np
@@ -184,13 +184,6 @@ def rate_factors(cfg, model, seed: int) -> dict:
         elif cfg.lr_profile == "depth" and layer:
             factors[p] = 10.0 ** (2 * int(layer[1]) / max(1, cfg.n_layers - 1) - 1)
     return factors
-
-
-@torch.no_grad()
-def rescale(factors: dict, old: list) -> None:
-    """Multiply what a step changed."""
-    for (p, factor), was in zip(factors.items(), old, strict=True):
-        p.copy_(was + factor * (p - was))
 
 
 def pass_through(cfg, seed: int, stream: Stream, base: dict, tok, run, stop, bar: StepBar) -> dict | None:

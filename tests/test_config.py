@@ -173,18 +173,19 @@ def reads(source: str, classes: set[str], configs=("cfg", "self.cfg")) -> set[st
 
 def unread(script: str, cls, source: str = "") -> set[str]:
     """Options of `cls` that neither the script reads nor the module that declares them. Other modules do not
-    count: common/ may mention an option of the same name for another script. probes/ is part of
-    the three probing scripts, and calls the config of an arm `arm`, `c` or `arms[a]`."""
-    out, parts, configs = set(), [], ("cfg", "self.cfg")
-    if script in ("memory_probe.py", "loop_train.py", "optimizer_probe.py"):
-        parts, configs = [p.read_text() for p in Path("probes").glob("*.py")], (*configs, "arm", "c",
-                                                                                "arms[a]")
+    count: common/ may mention an option of the same name for another script. What a script imports from
+    probes/ is part of it, and calls the config of an arm `arm`, `c` or `arms[a]`."""
+    out, configs = set(), ("cfg", "self.cfg")
+    used = re.findall(r"^from probes\.(\w+) import", Path(script).read_text(), re.M)
+    parts = [Path(f"probes/{name}.py").read_text() for name in used]
+    configs += ("arm", "c", "arms[a]") * bool(parts)
     for c in cls.__mro__[:-1]:
         if cls is sweep.SweepConfig and c is train.TrainConfig:
             break  # from here on, options are passed on to the script that is swept
         module = Path(sys.modules[c.__module__].__file__)
         texts = [source or Path(script).read_text(), *[module.read_text()] * (module.name != script), *parts]
         names = vars(c).get("__annotations__", {}).keys() - {"POSITIONAL", "MAY_CHANGE", "SCRIPT_CONFIG"}
+        names -= set().union(*(vars(b).get("__annotations__", {}) for b in c.__mro__[1:]))  # only a default
         out |= names - set().union(*(reads(text, {k.__name__ for k in cls.__mro__}, configs)
                                      for text in texts))
     return out
@@ -220,7 +221,7 @@ def test_an_option_has_one_type_in_all_scripts():
     for script, cls in SCRIPTS.items():
         for name, kind in option_types(cls).items():
             types.setdefault(name, {}).setdefault(str(kind), []).append(script)
-    assert {name for name, kinds in types.items() if len(kinds) > 1} <= {"experiment"}  # each has its own
+    assert not {name: kinds for name, kinds in types.items() if len(kinds) > 1}
     assert all({"device", "dtype", "compile"} <= option_types(cls).keys() for script, cls in SCRIPTS.items()
                if script != "prepare_data.py")  # which runs no model
 

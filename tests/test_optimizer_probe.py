@@ -238,7 +238,7 @@ def test_classes_are_split():
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_a_rate_by_group_moves_its_tensor_by_its_factor(optimizer):
-    cfg = config(experiment="rates", optimizer=optimizer)
+    cfg = config(study="rates", optimizer=optimizer)
     task, moved = TASKS["digits"](cfg, HERE.device), {}
     for profile in ("plain", "rising", "tensors", "entries", "scaled"):
         learner = Rated(cfg, task.make(1), profile, 1, HERE)
@@ -260,7 +260,7 @@ def test_a_rate_by_group_moves_its_tensor_by_its_factor(optimizer):
 
 def test_rates_resume_and_report(tmp_path, monkeypatch):
     monkeypatch.setattr(rates, "in_turns", functools.partial(rates.in_turns, rounds=1, seconds=0.0))
-    cfg = config(tmp_path, experiment="rates", optimizer="adamw")
+    cfg = config(tmp_path, study="rates", optimizer="adamw")
     row = main(cfg)
     assert main(cfg)["run_id"] == row["run_id"]  # times are not part of the result
     assert set(row["result"]["effects"]) == set(cfg.profiles) == set(row["counts"]["cost"]) - {"plain"}
@@ -278,7 +278,7 @@ def test_rates_resume_and_report(tmp_path, monkeypatch):
     ({"steer": "displacement", "reference": "ema"}, "use --reference=last"),
     ({"split": "classes", "task": "text"}, "split=classes is for --task=digits"),
     ({"dtype": "fp16"}, "use bf16 or fp32"), ({"fraction": 1.0}, "fraction must be between 0 and 1"),
-    ({"experiment": "rates", "cost": True}, "leave out --cost")])
+    ({"study": "rates", "cost": True}, "leave out --cost")])
 def test_contradictions_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         config(**options)

@@ -230,6 +230,14 @@ def test_make_targets_the_readme_names_exist():
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
+def test_links_to_headings_lead_somewhere():
+    links = re.findall(r"\]\((\S*?)#(.*?)\)", README)
+    assert links
+    for path, link in links:
+        headings = re.findall(r"^## (.*)$", Path(path or "README.md").read_text(), re.M)
+        assert link in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
+
+
 def test_troubleshooting_quotes_real_messages():
     paths = ["train.py", "model.py", "prepare_data.py", *Path("common").glob("*.py")]
     sources = "".join(Path(p).read_text() for p in paths)
