@@ -13,7 +13,7 @@ that all loops share. Every own fact has a control that differs in the name and 
 all of them on a grid of steps. Seeds draw names, answers and texts, and are the unit of every claim. What is
 found is judged against the known causes: jolt, last write, cue, anticipation, free lunch, redirection.
 
-out/NAME/ gets facts.jsonl, probes.jsonl, summary.json, table.md and effect.png; the same command resumes, to
+out/NAME/ gets facts.jsonl, probes.jsonl, summary.json, table.md and figures; the same command resumes, to
 the bit.
 """
 import copy
@@ -53,6 +53,7 @@ from probes.base import (
 )
 from probes.causes import report, toy
 from probes.loops import Loops, find_parts, make_loops, row_losses
+from probes.sketches import gradients, sketch
 from probes.stream import rate_factors
 
 import numpy as np
@@ -265,6 +266,10 @@ def log(part: Part, step: int, model, asked: dict, world: World, run: Run, dtype
     if asked[False]:
         row = loops.read(probing.score(model, asked[False], world.answer_ids, dtype).answers)
     row["text"] = row_losses(model, loops, run.dist.device, dtype)
+    if part.seed == loops.cfg.seed and step % loops.cfg.segment == 0:  # figures of one seed
+        row["weights"] = sketch(model.parameters())
+        if step == loops.cfg.cycles * loops.cfg.cycle:
+            row["gradients"] = gradients(model, loops, run.dist.device)
     if cue:
         row["cue"] = loops.read_cues(probing.score(model, asked[True], world.answer_ids, dtype).answers)
     run.recall = " ".join(f"{r:.2f}" for r in loops.recall(row))

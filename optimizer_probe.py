@@ -141,13 +141,17 @@ class SteerConfig(RunConfig, OptimizerConfig, ModelConfig):
 # Two learners
 
 
+# a call per tensor is what small networks spend time on, so one call for all
+
+
 @torch.no_grad()
 def difference(after: list, before: list) -> list:
-    return list(torch._foreach_sub(after, before))  # a call per tensor is what small networks spend time on
+    return list(torch._foreach_sub(after, before))
 
 
+@torch.no_grad()
 def copied(params: list) -> list:
-    return [p.detach().clone() for p in params]
+    return list(torch._foreach_mul(params, 1.0))
 
 
 class Pair:
@@ -213,9 +217,10 @@ class Pair:
         """Write B's weights so that their way from `start` has the target cosine with the reference."""
         way = difference(self.params[1], start)
         turned = steered(way, self.reference, target, self.cfg.scope, self.generator)
-        for p, s, w, t in zip(self.params[1], start, way, turned, strict=True):
-            if t is not w:  # else not even rounded
-                torch.add(s, t, out=p)
+        moved = [i for i, (w, t) in enumerate(zip(way, turned, strict=True)) if t is not w]
+        if moved:  # the others are not even rounded
+            params, start, turned = ([z[i] for i in moved] for z in (self.params[1], start, turned))
+            torch._foreach_copy_(params, torch._foreach_add(start, turned))
 
 
 # ------------------------------------------------------------------------------------------------------------

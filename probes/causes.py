@@ -1,112 +1,16 @@
-"""Why did it come back? The analysis of loop_train.py: recovery, the decision table, outcomes, figures.
-
-Recovery, our definition (no published code has one): a value (log p of an answer, or minus a text's loss) as
-a function of the lag, the steps since the end of the loop's own segment, is averaged over loops and their
-visits from the second on, at the ends of segments. With `start` its value at lag 0, `pre` at the last lag
-before a cycle brings the loop back, and `trough` at the lag between them where it is smallest,
-
-    rise = pre - trough        recovery = (pre - trough) / (start - trough)
-
-Both are negative where the value falls all the way. The lag of the trough is chosen on one half of the items
-and read on the other, both ways, because the smallest of noisy values is always too small. What is judged is
-`rise` beyond that of a control order at the same lags.
+"""Why did it come back? The analysis of loop_train.py: the decision table, outcomes, the toy.
 
 Shapes: P probed steps, K loops, Q questions, F facts, N items
 """
 import math
-from typing import NamedTuple
 
-from common.tables import grid, new_figure, save_figure
-from probes.effects import band, between, cells, describe, judge, said, write_report
+from common.tables import grid
+from probes.effects import between, cells, describe, judge, said, write_report
+from probes.loop_figures import draw
 from probes.loops import Loops
+from probes.records import Record, record, recoveries, recovery
 
 import numpy as np
-
-# ------------------------------------------------------------------------------------------------------------
-# What was logged, as arrays
-
-
-class Record(NamedTuple):
-    """One seed of one arm."""
-    steps: np.ndarray  # (P,)
-    loop: np.ndarray  # (P,) whose segment the step is in
-    since: np.ndarray  # (P, K) steps since the end of each loop's last segment; nan inside one, or before
-    came: np.ndarray  # (P, K) how many segments each loop has had
-    last: np.ndarray  # (P, Q) the loop that answered each question last; -1 if none has
-    text: np.ndarray  # (P, K) loss
-    choices: np.ndarray  # (P, Q, K + 1) log p of each loop's answer and of the foil
-    guess: np.ndarray  # (P, Q) the loop whose answer is the most probable of all; -1 if none's is
-    facts: np.ndarray  # (P, F) log p of a fact beyond its control
-    cues: dict  # step -> (K prefixes, Q, K + 1)
-    again: np.ndarray | None  # (F,) what relearning half of the own facts adds to each
-
-
-def record(loops: Loops, rows: list[dict]) -> Record:
-    cfg = loops.cfg
-    rows = [r for r in sorted(rows, key=lambda r: r["step"]) if not loops.shares or r["step"] >= cfg.new_at]
-    relearnt = rows.pop() if rows[-1]["step"] > loops.length else None
-    steps, S, K = np.array([r["step"] for r in rows]), cfg.segment, cfg.loops
-    since, came, last = np.full((len(steps), K), np.nan), np.zeros((len(steps), K)), []
-    for i, step in enumerate(steps):
-        for g, k in enumerate(loops.order):
-            if 0 <= k < K and g * S < step:
-                since[i, k], came[i, k] = max(step - (g + 1) * S, -1), came[i, k] + 1
-        since[i, since[i] < 0] = np.nan
-        before = {f.pair: f.loop for at, f in loops.log if at < step and f.old}
-        last.append([before.get(q, -1) for q in range(cfg.questions)])
-    facts, again = np.zeros((len(steps), 0)), None
-    if loops.written:
-        facts = np.array([np.subtract(r["facts"], r["controls"]) for r in rows])
-        if relearnt:
-            again = np.subtract(relearnt["facts"], relearnt["controls"]) - facts[-1]
-    Q = cfg.questions
-    choices = np.array([r["choices"] for r in rows]) if Q else np.zeros((len(steps), 0, K + 1))
-    return Record(steps, np.array([loops.loop_at(s) for s in steps]), since, came,
-                  np.array(last, dtype=int).reshape(len(steps), Q), np.array([r["text"] for r in rows]),
-                  choices,
-                  np.array([r["guess"] for r in rows]) if Q else np.zeros((len(steps), 0)), facts,
-                  {r["step"]: np.array(r["cue"]) for r in rows if r.get("cue")}, again)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Recovery
-
-
-def recovery(values: np.ndarray, since: np.ndarray, use: np.ndarray, horizon: float) -> dict | None:
-    """Of values (P, N), each `since` (P, N) its loop's own segment, at the places `use` (P, N) and lags up to
-    the horizon. None if there are too few."""
-    use = use & np.isfinite(since) & (since <= horizon)
-    lags = sorted(set(since[use].tolist()))
-    if len(lags) < 3 or values.shape[1] < 2:
-        return None
-    curves = np.full((2, len(lags)), np.nan)  # of either half of the items
-    for half in range(2):
-        mine = use.copy()
-        mine[:, 1 - half::2] = False
-        for j, lag in enumerate(lags):
-            if (at := mine & (since == lag)).any():
-                curves[half, j] = values[at].mean()
-    if np.isnan(curves).any():
-        return None
-    troughs = [curves[1 - h][1 + np.argmin(curves[h][1:-1])] for h in range(2)]
-    start, pre, trough = curves[:, 0].mean(), curves[:, -1].mean(), float(np.mean(troughs))
-    return {"lags": lags, "curve": curves.mean(axis=0).tolist(), "rise": float(pre - trough),
-            "recovery": float((pre - trough) / (start - trough)) if start > trough else math.nan}
-
-
-def recoveries(r: Record, loops: Loops) -> dict[str, dict]:
-    """Of the questions (answer beyond foil) and of the texts, before their loops return."""
-    cfg, found = loops.cfg, {}
-    K, horizon = cfg.loops, (cfg.loops - 1) * cfg.segment
-    enough = (r.came >= 2) & (r.steps % cfg.segment == 0)[:, None]  # not while a switch shakes everything
-    if cfg.questions:
-        written = enough & (r.steps < cfg.cycles * cfg.cycle)[:, None]
-        since, use = (np.repeat(z, cfg.questions, axis=1) for z in (r.since, written))  # (P, K Q)
-        margins = (r.choices[:, :, :K] - r.choices[:, :, K:]).transpose(0, 2, 1).reshape(len(r.steps), -1)
-        found["answers"] = recovery(margins, since, use, horizon)
-    found["texts"] = recovery(-r.text, r.since, enough, horizon)
-    return {k: v for k, v in found.items() if v}
-
 
 # ------------------------------------------------------------------------------------------------------------
 # Causes: each a function of one seed's record to items (N,), or None where it says nothing
@@ -332,7 +236,7 @@ def compare(cfg, arms: dict, plans: dict, records: dict) -> tuple[dict, list[str
 
 
 def report(cfg, arms: list, labels: list[str], plans: dict, rows: list[dict], run) -> tuple[dict, str]:
-    """(the summary, the words for the terminal); writes table.md and effect.png."""
+    """(the summary, the words for the terminal); writes table.md and the figures."""
     by = {}
     for row in rows:
         by.setdefault(tuple(row["part"]), []).append(row)
@@ -360,49 +264,7 @@ def report(cfg, arms: list, labels: list[str], plans: dict, rows: list[dict], ru
                   "beyond it", "from", "to", "p (Holm)", "", "verdict"],
                  *([e["arm"], e["cause"], *cells(e["effect"]), e["control"],
                     *(cells(e["against"]) if e["against"] else [""] * 5), e["verdict"]] for e in table)])
-    return write_report(run, text, words, lambda path: draw(of, loops, records, path), summary)
-
-
-def draw(arms: dict, plans: dict, records: dict, path: str) -> None:
-    """For each arm: recovery curves, answers over the whole run, and what each loop does to each text."""
-    figure = new_figure(4.2 * len(arms) + 1, 9)
-    axes = figure.subplots(3, len(arms), squeeze=False)
-    for column, label in zip(axes.T, arms, strict=True):
-        cfg, loops, by = arms[label], plans[label], records[label]
-        one = next(iter(by.values()))
-        for i, what in enumerate(("answers", "texts")):
-            curves = [x[what] for s in by if what in (x := recoveries(by[s], loops[s]))]
-            if curves and len({len(x["curve"]) for x in curves}) == 1:
-                mean, half = band([np.array([x["curve"]]) for x in curves])
-                column[0].errorbar(curves[0]["lags"], np.array(mean) - mean[0], half, color=f"C{i}",
-                                   label=what, capsize=2)
-        column[0].axvline((cfg.loops - 1) * cfg.segment, color="black", linewidth=0.8)
-        column[0].set(title=label, xlabel="steps since the loop's own segment")
-        for k in range(min(cfg.loops, 8)) if cfg.questions else ():
-            margins = np.mean([(r.choices[:, :, k] - r.choices[:, :, -1]).mean(axis=1)
-                               for r in by.values()], axis=0)
-            column[1].plot(one.steps, margins, color=f"C{k}", label=f"loop {k}", linewidth=0.9)
-        for k in range(min(cfg.loops, 3)) if not cfg.questions else ():
-            column[1].plot(one.steps, np.mean([r.text[:, k] for r in by.values()], axis=0), color=f"C{k}",
-                           label=f"text {k}", linewidth=0.9)
-        if cfg.questions:
-            column[1].axhline(0, color="black", linewidth=0.8)  # the foil
-        column[1].axvline(cfg.cycles * cfg.cycle, color="black", linestyle=":")
-        column[1].set(xlabel="step (dotted: the last is written)")
-        effect = np.mean([during(r, loops[s]) for s, r in by.items()], axis=0)
-        top = max(float(np.nanmax(abs(effect))), 1e-9) if np.isfinite(effect).any() else 1.0
-        picture = column[2].imshow(effect, cmap="RdBu_r", vmin=-top, vmax=top)
-        if cfg.loops <= 8:
-            column[2].set(xticks=range(cfg.loops), yticks=range(cfg.loops))
-        column[2].set(xlabel="text of loop", ylabel="while this loop runs")
-        figure.colorbar(picture, ax=column[2], label="change of loss")
-    axes[0][0].set_ylabel("nats since then")
-    asks = next(iter(arms.values())).questions
-    axes[1][0].set_ylabel("log p of its answer beyond the foil" if asks else "loss on its text")
-    for row in axes[:2]:
-        if row[0].get_legend_handles_labels()[0]:
-            row[0].legend(fontsize=8)
-    save_figure(figure, path)
+    return write_report(run, text, words, lambda _: draw(of, loops, records, found, run), summary)
 
 
 def cost_of(run) -> list[str]:
@@ -410,17 +272,6 @@ def cost_of(run) -> list[str]:
     seconds, times, size = run.switching
     return [f"a kept state has {size / 2**20:.1f} MiB; a switch takes {1000 * seconds / times:.1f} ms, all "
             f"{times:,} together {seconds / max(run.seconds, 1e-9):.2%} of the time"] if times else []
-
-
-def during(r: Record, loops: Loops) -> np.ndarray:
-    """(K, K): the change of each text's loss while each loop runs, from the second cycle on."""
-    cfg, at = loops.cfg, {int(s): i for i, s in enumerate(r.steps)}
-    out = [[] for _ in range(cfg.loops)]
-    for g in range(cfg.loops, len(loops.order)):
-        ends = (g * cfg.segment, (g + 1) * cfg.segment)
-        if 0 <= loops.order[g] < cfg.loops and set(ends) <= set(at):
-            out[loops.order[g]].append(r.text[at[ends[1]]] - r.text[at[ends[0]]])
-    return np.array([np.mean(z, axis=0) if z else np.full(cfg.loops, np.nan) for z in out])
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -181,12 +181,16 @@ def make_loops(cfg, world: World, pool: list[Fact], text: Text, seed: int) -> Lo
     return loops
 
 
+def text_of(loops: Loops, device) -> list:
+    """The first rows of each loop's text: inputs and targets (K, rows, T)."""
+    return [torch.from_numpy(z[:loops.cfg.loops, :TEXT_ROWS]).to(device) for z in (loops.x, loops.y)]
+
+
 @torch.inference_mode()
 def row_losses(model, loops: Loops, device, dtype: str) -> list[float]:
     """The mean loss on each loop's text, in nats per token."""
     K, training = loops.cfg.loops, model.training
-    x, y = (torch.from_numpy(z[:K, :TEXT_ROWS].reshape(-1, z.shape[2])).to(device)
-            for z in (loops.x, loops.y))
+    x, y = (z.flatten(0, 1) for z in text_of(loops, device))  # (K rows, T)
     model.eval()
     with autocast(dtype, device):
         hidden = model.hidden(x)

@@ -13,9 +13,9 @@ from common.stop import StopRequest
 from loop_train import LoopConfig, main
 from model import LM
 from muon import OptimizerConfig, make_optimizer, set_learning_rates
-from probes import causes, moments
+from probes import causes, loop_figures, moments, sketches
 from probes.base import architecture, base_config, pool_of
-from probes.loops import find_parts, make_loops, order_of
+from probes.loops import find_parts, make_loops, order_of, text_of
 from tests.conftest import prepare
 
 import numpy as np
@@ -177,7 +177,7 @@ def test_a_run_reports_every_cause_and_outcome(place, whole):
     facts = row["result"]["outcomes"]["as it is"]
     assert facts["own facts, right after their loop"]["mean"] > 0.3  # they were learned
     folder = Path(cfg.out_dir, cfg.name)
-    assert {"facts.jsonl", "probes.jsonl", "summary.json", "table.md", "effect.png"} <= {
+    assert {"facts.jsonl", "probes.jsonl", "summary.json", "table.md", "effect.png", "weights.png"} <= {
         p.name for p in folder.iterdir()}
     assert json.loads((folder / "summary.json").read_text())["experiment"] == "loops"
 
@@ -205,6 +205,40 @@ def test_interrupted_anywhere_it_gives_the_same_summary(place, whole, monkeypatc
     assert finite(main(other)["result"]) == finite(row["result"])
     paths = [Path(cfg.out_dir, name, "summary.json") for name in (cfg.name, "again")]
     assert paths[0].read_text() == paths[1].read_text()
+
+
+def test_sketches_show_what_the_weights_did(place, whole):
+    cfg, _ = whole
+    rows = [r for r in read_rows(Path(cfg.out_dir, cfg.name, "probes.jsonl")) if r["part"] == ["as it is", 1]]
+    logged = [r for r in rows if "weights" in r]
+    assert [r["step"] for r in logged] == list(range(0, cfg.cycle * (cfg.cycles + cfg.tail) + 1, cfg.segment))
+    last, first = (list(LM(replace(architecture(cfg, open_text(cfg.data).meta), name=n)).parameters())
+                   for n in "ab")
+    way = np.subtract(sketches.sketch(last), sketches.sketch(first))  # linear, the same buckets at each call
+    exact = torch.cat([(a - b).flatten() for a, b in zip(last, first, strict=True)]).double()
+    assert np.allclose(way, sketches.sketch([exact.float()]), atol=1e-4)
+    assert abs(np.linalg.norm(way) / exact.norm().item() - 1) < 0.1
+    assert [r["step"] for r in rows if "gradients" in r] == [cfg.cycles * cfg.cycle]
+
+    plan, _ = plan_of(cfg)
+    found = np.array(sketches.gradients(last_model := LM(architecture(cfg, open_text(cfg.data).meta)), plan,
+                                        torch.device("cpu")))
+    exact = []
+    for x, y in zip(*text_of(plan, torch.device("cpu")), strict=True):
+        last_model.zero_grad()
+        logits = last_model(x)[0]
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
+        exact.append(torch.cat([p.grad.flatten() for p in last_model.parameters()]).numpy())
+    assert np.abs(loop_figures.cosines(found) - loop_figures.cosines(np.array(exact))).max() < 0.12
+
+
+def test_a_path_in_a_plane_has_two_axes():
+    turns = np.linspace(0, 6, 40)
+    plane = np.linalg.qr(np.random.default_rng(1).normal(size=(50, 2)))[0].T  # (2, 50)
+    path = np.stack([3 * np.cos(turns), np.sin(turns)], axis=1)
+    found, shares = loop_figures.principal(path @ plane)
+    assert abs(shares.sum() - 1) < 1e-9 and shares[0] > shares[1]
+    assert np.allclose(np.abs(found[:, 0] - found[0, 0]), np.abs(path[:, 0] - path[0, 0]), atol=0.3)
 
 
 def weights(cfg) -> dict:
