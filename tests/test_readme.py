@@ -79,8 +79,8 @@ SMALLER = {  # flags that make them cheap; the last one given counts
                         "--steps=2", "--d_model=16", "--n_layers=1", "--n_heads=1", "--batch_size=64",
                         "--device=cpu"],
     "loop_train.py": ["--level=H0", "--pool=8", "--gate=0", "--seeds=1", "--segment=4", "--cycles=1",
-                      "--probes=2", "--questions=3", "--own=3", "--d_model=16", "--n_layers=1", "--n_heads=1",
-                      "--batch_size=32", "--device=cpu"],
+                      "--probes=2", "--loops=2", "--tail=0", "--arm=lr=1e-3", "--questions=3", "--own=3",
+                      "--d_model=16", "--n_layers=1", "--n_heads=1", "--batch_size=32", "--device=cpu"],
     "optimizer_probe.py": ["--targets=2", "--seeds=1", "--steps=2", "--profiles=entries", "--device=cpu"],
     "recall_probe.py": ["--steps=2", "--eval_sequences=2", "--batch_size=4", "--device=cpu"]}
 ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign")  # have tests of their own
