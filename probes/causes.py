@@ -8,7 +8,7 @@ from common.tables import grid
 from probes.effects import between, cells, describe, judge, said, write_report
 from probes.loop_figures import draw
 from probes.loops import Loops
-from probes.records import Record, record, recoveries, recovery
+from probes.records import Record, by_visit, record, recoveries, recovery
 
 import numpy as np
 
@@ -204,7 +204,8 @@ def outcomes(r: Record, loops: Loops) -> dict[str, np.ndarray]:
             out["own facts, right after their loop"] = np.concatenate(ends)
         out["own facts, over the last written cycle"] = gains[ending][:, where >= 0].mean(axis=0)
         out["own facts, at the end"] = gains[-1][where >= 0]
-    arrivals = [r.text[(r.steps % cfg.segment == 0) & (r.loop == k), k] for k in range(cfg.loops)]
+    begins = (r.steps % cfg.segment == 0) & (r.steps < loops.length)
+    arrivals = [r.text[begins & (r.loop == k), k] for k in range(cfg.loops)]
     arrivals = [a[1:].mean() if len(a) > 1 else a[0] for a in arrivals if len(a)]  # some may never come
     if arrivals:
         out["loss on a loop's text as it begins"] = np.array(arrivals)
@@ -251,6 +252,8 @@ def report(cfg, arms: list, labels: list[str], plans: dict, rows: list[dict], ru
         ratios[label] = {what: float(np.mean(them)) for what in ("answers", "texts")
                          if (them := [x[what]["recovery"] for x in every
                                       if what in x and math.isfinite(x[what]["recovery"])])}
+    visits = {label: {what: by_visit(records[label], loops[label], what) for what in ("answers", "texts")}
+              for label in labels}
     words = ["", "why does it come back?",
              *(f"  {e['arm']}, {e['cause']}: {e['verdict']} ({brief(e['effect'])}"
                + (f"; beyond {e['control']} {brief(e['against'])})"
@@ -259,7 +262,7 @@ def report(cfg, arms: list, labels: list[str], plans: dict, rows: list[dict], ru
              *(f"{label}: recovery before the return {', '.join(f'{v:.0%} of {k}' for k, v in r.items())}"
                    for label, r in ratios.items() if r), "", *lines]
     summary = {"causes": table, "outcomes": found, "recovery": ratios,
-               "counts": {"runs": len(plans), "switching": run.switching}}
+               "by_visit": visits, "counts": {"runs": len(plans), "switching": run.switching}}
     text = grid([["arm", "cause", "effect, nats", "95 % from", "to", "p (Holm)", "", "decided by",
                   "beyond it", "from", "to", "p (Holm)", "", "verdict"],
                  *([e["arm"], e["cause"], *cells(e["effect"]), e["control"],

@@ -2,11 +2,12 @@
 
 Shapes: K loops, G segments, M logged ends of segments
 """
+from common.stats import forgetting_curve
 from common.tables import new_figure, save_figure
 from probes.effects import band
 from probes.loops import Loops
 from probes.moments import SOURCES
-from probes.records import Record, recoveries
+from probes.records import Record, by_visit, recoveries
 
 import numpy as np
 
@@ -14,8 +15,9 @@ CELLS = ("own facts, over the last written cycle", "loss on a loop's text as it 
 
 
 def draw(arms: dict, plans: dict, records: dict, outcomes: dict, run) -> None:
-    """effect.png, weights.png and, for arms that cross both moments, moments.png."""
+    """effect.png, arms.png, weights.png and, for arms that cross both moments, moments.png."""
     draw_effect(arms, plans, records, run.path("effect.png"))
+    draw_arms(arms, plans, records, run.path("arms.png"))
     draw_weights(arms, plans, records, run.path("weights.png"))
     draw_moments(arms, outcomes, run.path("moments.png"))
 
@@ -32,7 +34,7 @@ def draw_effect(arms: dict, plans: dict, records: dict, path: str) -> None:
     for column, label in zip(axes.T, arms, strict=True):
         cfg, loops, by = arms[label], plans[label], records[label]
         one = next(iter(by.values()))
-        curves_of(column[0], column[1], cfg, loops, by)
+        curves_of(column[0], column[1], loops, by)
         column[0].set(title=label, xlabel="steps since the loop's own segment")
         column[1].set(xlabel="visit of the loop")
         for k in range(min(cfg.loops, 8)) if cfg.questions else ():
@@ -63,7 +65,7 @@ def draw_effect(arms: dict, plans: dict, records: dict, path: str) -> None:
     save_figure(figure, path)
 
 
-def curves_of(lags, visits, cfg, loops: dict, by: dict) -> None:
+def curves_of(lags, visits, loops: dict, by: dict) -> None:
     """Draw the value against the lag, and the rise before the return against the visit, over seeds."""
     for i, what in enumerate(("answers", "texts")):
         curves = [x[what] for s in by if what in (x := recoveries(by[s], loops[s]))]
@@ -71,14 +73,10 @@ def curves_of(lags, visits, cfg, loops: dict, by: dict) -> None:
             mean, half = band([np.array([x["curve"]]) for x in curves])
             lags.errorbar(curves[0]["lags"], np.array(mean) - mean[0], half, color=f"C{i}", label=what,
                           capsize=2)
-        rises = {}
-        for visit in range(1, cfg.cycles + cfg.tail):
-            found = [recoveries(by[s], loops[s], visit).get(what) for s in by]
-            if all(found):
-                rises[visit] = band([np.array([[x["rise"]]]) for x in found])
-        if rises:
-            mean, half = (np.concatenate(z) for z in zip(*rises.values(), strict=True))
+        if rises := by_visit(by, loops, what):
+            mean, half = zip(*rises.values(), strict=True)
             visits.errorbar(list(rises), mean, half, fmt="o-", color=f"C{i}", label=what, capsize=2)
+    cfg = next(iter(loops.values())).cfg
     lags.axvline((cfg.loops - 1) * cfg.segment, color="black", linewidth=0.8)
     visits.axhline(0, color="black", linewidth=0.8)
 
@@ -92,6 +90,62 @@ def during(r: Record, loops: Loops) -> np.ndarray:
         if 0 <= loops.order[g] < cfg.loops and set(ends) <= set(at):
             out[loops.order[g]].append(r.text[at[ends[1]]] - r.text[at[ends[0]]])
     return np.array([np.mean(z, axis=0) if z else np.full(cfg.loops, np.nan) for z in out])
+
+
+def draw_arms(arms: dict, plans: dict, records: dict, path: str) -> None:
+    """Arms side by side, over seeds: the loss on a loop's text as it begins, and what is left of own facts
+    after their last writing."""
+    panels = new_figure(12, 4.5).subplots(1, 2)
+    for i, (label, cfg) in enumerate(arms.items()):
+        found = [arriving(r, cfg) for r in records[label].values()]
+        visits = sorted(set.intersection(*map(set, found)))
+        if visits:
+            mean, half = band([np.array([[x[v] for v in visits]]) for x in found])
+            panels[0].errorbar(visits, mean, half, fmt="o-", color=f"C{i}", label=label, capsize=2)
+        curves = [fading(records[label][s], plans[label][s]) for s in records[label]]
+        if curves[0] is None or len(curves[0][0]) < 2:
+            continue
+        lags, mean = curves[0][0], np.mean([values for _, values in curves], axis=0)
+        half = np.array(band([values[None] for _, values in curves])[1])
+        panels[1].plot(lags, mean, color=f"C{i}", label=f"{label}: {half_life(lags, mean)}")
+        panels[1].fill_between(lags, mean - half, mean + half, color=f"C{i}", alpha=0.15)
+    panels[0].set(xlabel="visit of the loop", ylabel="nats per token", title="loss on its text as it begins")
+    panels[1].set(xlabel="steps since the end of the writing", ylabel="nats beyond controls, since the start",
+                  title="own facts")
+    for panel in panels:
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
+    save_figure(panels[0].figure, path)
+
+
+def arriving(r: Record, cfg) -> dict[int, float]:
+    """{visit: mean loss on a loop's text as that visit begins}."""
+    out = {}
+    begins = (r.steps % cfg.segment == 0) & (r.steps < r.steps[-1])
+    for i in np.flatnonzero(begins & (r.loop >= 0) & (r.loop < cfg.loops)):
+        out.setdefault(int(r.came[i, r.loop[i]]) + 1, []).append(r.text[i, r.loop[i]])
+    return {visit: float(np.mean(losses)) for visit, losses in out.items()}
+
+
+def fading(r: Record, loops: Loops) -> tuple[np.ndarray, np.ndarray] | None:
+    """(steps since the end of the writing, mean gain of own facts then); None without own facts."""
+    own = np.array([f.group.startswith("own") for f in loops.written], dtype=bool)
+    after = r.steps >= loops.cfg.cycles * loops.cfg.cycle
+    if loops.shares or not own.any():
+        return None
+    return r.steps[after] - loops.cfg.cycles * loops.cfg.cycle, (r.facts - r.facts[0])[after][:, own].mean(
+        axis=1)
+
+
+def half_life(lags: np.ndarray, mean: np.ndarray) -> str:
+    """In words, from the law that fits best."""
+    if mean[0] <= 0.1:
+        return "nothing to forget"
+    left = mean[-1] / mean[0]
+    fit = forgetting_curve(lags[1:], mean[1:] / mean[0])
+    if fit.half_life <= lags[-1]:
+        return f"half is gone after {fit.half_life:.0f} steps ({fit.kind} fit)"
+    return f"{left:.0%} left after {lags[-1]:.0f} steps"
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -177,8 +177,8 @@ def test_a_run_reports_every_cause_and_outcome(place, whole):
     facts = row["result"]["outcomes"]["as it is"]
     assert facts["own facts, right after their loop"]["mean"] > 0.3  # they were learned
     folder = Path(cfg.out_dir, cfg.name)
-    assert {"facts.jsonl", "probes.jsonl", "summary.json", "table.md", "effect.png", "weights.png"} <= {
-        p.name for p in folder.iterdir()}
+    assert {"facts.jsonl", "probes.jsonl", "summary.json", "table.md", "effect.png", "arms.png",
+            "weights.png"} <= {p.name for p in folder.iterdir()}
     assert json.loads((folder / "summary.json").read_text())["experiment"] == "loops"
 
 
@@ -230,6 +230,20 @@ def test_sketches_show_what_the_weights_did(place, whole):
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
         exact.append(torch.cat([p.grad.flatten() for p in last_model.parameters()]).numpy())
     assert np.abs(loop_figures.cosines(found) - loop_figures.cosines(np.array(exact))).max() < 0.12
+
+
+def test_what_fades_has_a_half_life(place):
+    loops, record = synthetic(place, 1, "nothing", tail=3)
+    end, own = loops.cfg.cycles * loops.cfg.cycle, [f.group.startswith("own") for f in loops.written]
+    record.facts[:] = record.facts[0]
+    record.facts[record.steps >= end] += 2 * 0.5 ** ((record.steps[record.steps >= end, None] - end) / 6)
+    lags, values = loop_figures.fading(record, loops)
+    assert sum(own) and lags[0] == 0 and abs(values[0] - 2) < 1e-9
+    assert loop_figures.half_life(lags, values).startswith("half is gone after 6 steps")
+    assert loop_figures.half_life(lags, 1 + lags * 0.0).startswith("100% left")
+    found = loop_figures.arriving(record, loops.cfg)
+    assert sorted(found) == list(range(1, loops.cfg.cycles + 4))  # not the end, at which none begins
+    assert all(abs(v - 4) < 0.5 for v in found.values())
 
 
 def test_a_path_in_a_plane_has_two_axes():
