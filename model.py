@@ -12,8 +12,8 @@ holds (common/layers.py). Not architecture, so elsewhere: decoding (common/gener
 (common/attention.py), checks for contradictory flags (common/checks.py).
 
 Shapes: B batch, T tokens of this call, S tokens they may see (T plus the cached ones), C width (d_model), H
-heads, G key/value heads, D head size (C / H), W window, F feed-forward width (d_ff), K context width
-(context_dim), E experts, V vocabulary
+heads, G key/value heads, D head size (head_size or C / H), R the part RoPE turns, W window, F feed-forward
+width (d_ff), K context width (context_dim), E experts, V vocabulary
 """
 import math
 from dataclasses import dataclass, fields, replace
@@ -34,9 +34,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-NORMS = {"layernorm": lambda cfg: nn.LayerNorm(cfg.d_model, bias=cfg.bias),
-         "rmsnorm": lambda cfg: nn.RMSNorm(cfg.d_model, eps=1e-5)}
-ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h).square()}
+NORMS = {"layernorm": lambda width, eps, bias: nn.LayerNorm(width, eps, bias=bias),
+         "rmsnorm": lambda width, eps, bias: nn.RMSNorm(width, eps)}
+ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "relu2": lambda h: F.relu(h).square(),
+               "gelu_tanh": lambda h: F.gelu(h, approximate="tanh")}
 GATED_ACTIVATIONS = {"swiglu": F.silu}  # act(gate) * h
 
 # ------------------------------------------------------------------------------------------------------------
@@ -57,8 +58,9 @@ class ModelConfig(Config):
     short_conv: int = 0  # causal convolution over this many tokens before each mixer; 0 = none
     n_heads: int = 4  # attention heads H
     n_kv_heads: int = 0  # key/value heads G (grouped queries); 0 = n_heads
+    head_size: int = 0  # size D of a head; 0 = d_model / n_heads
     d_ff: int = 0  # hidden width of the feed-forward; 0 = 4 * d_model
-    activation: Literal[(*ACTIVATIONS, *GATED_ACTIVATIONS)] = "gelu"  # gelu | relu | relu2 (squared) | swiglu
+    activation: Literal[(*ACTIVATIONS, *GATED_ACTIVATIONS)] = "gelu"  # gelu[_tanh] | relu | relu2 | swiglu
     n_unique_blocks: int = 0  # layer i reuses the weights of layer i mod n; 0 = no reuse
     adapter_rank: int = 0  # each layer adds 0.1 * (C -> rank -> C) of its input, never shared; 0 = none
     proj_rank: int = 0  # matrices of mixer and feed-forward factorised as in -> rank -> out; 0 = full rank
@@ -66,13 +68,19 @@ class ModelConfig(Config):
     n_experts: int = 0  # feed-forwards in one pool for all layers, one used per token; 0 = no pool
     expert_balance: float = 0.01  # weight of the loss that keeps the experts evenly loaded
     embed_rank: int = 0  # embedding factorised as V x rank, rank x C, and the head likewise; 0 = V x C
+    parallel_residual: bool = False  # mixer and feed-forward both read the block's input, and are summed
     norm: Literal[tuple(NORMS)] = "layernorm"  # layernorm | rmsnorm: before mixer, feed-forward, head
+    norm_eps: float = 1e-5  # added to the variance in these norms
     bias: bool = True  # biases on linear layers and LayerNorm
+    attn_bias: Literal["none", "qkv", "all"] = "none"  # with bias=False: biases in attention, on qkv or all
     head_bias: bool = True  # a bias of size V on the logits
     tie_embeddings: bool = True  # head and embedding share one matrix
     pos: Literal["learned", "rope", "none"] = "learned"  # learned | rope (no length limit) | none
+    pos_offset: int = 0  # row of position 0 in the table of learned positions
     rope_theta: float = 10000.0  # base of RoPE's wavelengths
-    qk_norm: bool = False  # normalise queries and keys per head, without weights
+    rope_fraction: float = 1.0  # share of each head, from its start, that RoPE turns
+    qk_norm: bool = False  # normalise queries and keys per head
+    qk_norm_weights: bool = False  # with weights and norm_eps; else without weights, torch's epsilon
     attn_scale: bool = False  # learnable factor per head on the scores, 1 at the start
     attn_sink: bool = False  # learnable score per head for an extra key without a value
     window: int = 0  # tokens a local layer sees, the query's own included; 0 = every layer sees all
@@ -90,6 +98,11 @@ class ModelConfig(Config):
     @property
     def gated(self) -> bool:
         return self.core is GatedContext
+
+    @property
+    def rope_size(self) -> int:
+        """Dimensions of a head that RoPE turns."""
+        return int((self.head_size or self.d_model // self.n_heads) * self.rope_fraction)
 
     @property
     def head_width(self) -> int:
@@ -140,13 +153,15 @@ class Attention(nn.Module):
         sees_all = cfg.global_every and (layer + 1) % cfg.global_every == 0
         self.cfg, self.window = cfg, 0 if sees_all else cfg.window
         self.n_heads, self.n_kv_heads = cfg.n_heads, cfg.n_kv_heads or cfg.n_heads
-        self.head_size = cfg.d_model // cfg.n_heads
+        self.head_size = cfg.head_size or cfg.d_model // cfg.n_heads
         self.sizes = tuple(n * self.head_size for n in (self.n_heads, self.n_kv_heads, self.n_kv_heads))
-        self.qkv = linear(cfg.d_model, sum(self.sizes), cfg.bias and not cfg.qkv_share, maps=self.sizes,
-                          rank=cfg.proj_rank)
+        biased = (cfg.bias or cfg.attn_bias != "none") and not cfg.qkv_share
+        self.qkv = linear(cfg.d_model, sum(self.sizes), biased, maps=self.sizes, rank=cfg.proj_rank)
         self.qkv_scale, self.qkv_bias = (nn.Parameter(torch.empty(sum(self.sizes))) if cfg.qkv_share else None
                                          for _ in range(2))
-        self.proj = residual_linear(cfg, cfg.d_model)
+        self.proj = residual_linear(cfg, self.sizes[0], bias=cfg.bias or cfg.attn_bias == "all")
+        self.q_norm = make_norm(cfg, self.head_size, bias=False) if cfg.qk_norm_weights else None
+        self.k_norm = make_norm(cfg, self.head_size, bias=False) if cfg.qk_norm_weights else None
         self.scale = nn.Parameter(torch.empty(self.n_heads)) if cfg.attn_scale else None  # (H,)
         self.sink = nn.Parameter(torch.empty(self.n_heads)) if cfg.attn_sink else None  # (H,)
         self.specs = {"qkv_scale": ONES, "qkv_bias": ZEROS, "scale": ONES, "sink": ZEROS}
@@ -155,15 +170,17 @@ class Attention(nn.Module):
         return KVCache(self.window)
 
     def forward(self, x, rope, state: KVCache | None):
-        B, T, C = x.shape
-        qkv = self.qkv(x)  # (B, T, C + 2 G D)
+        B, T, _ = x.shape
+        qkv = self.qkv(x)  # (B, T, H D + 2 G D)
         if self.qkv_scale is not None:
             qkv = torch.addcmul(self.qkv_bias.to(qkv.dtype), qkv, self.qkv_scale.to(qkv.dtype))
         q, k, v = qkv.split(self.sizes, dim=-1)
         q = q.view(B, T, self.n_heads, self.head_size).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, D)
         v = v.view(B, T, self.n_kv_heads, self.head_size).transpose(1, 2)  # (B, G, T, D)
-        if self.cfg.qk_norm:
+        if self.q_norm is not None:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        elif self.cfg.qk_norm:
             norm = F.rms_norm if self.cfg.norm == "rmsnorm" else F.layer_norm
             q, k = norm(q, (self.head_size,)).to(v.dtype), norm(k, (self.head_size,)).to(v.dtype)
         if rope is not None:
@@ -176,33 +193,36 @@ class Attention(nn.Module):
             filled = state.filled()  # (1, S) or None
         attend = fast_attention if self.cfg.flash and not is_slower(q, filled, self.sink) else attention
         y = attend(q, k, v, self.window, filled, self.cfg.dropout if self.training else 0.0, self.sink)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
     def extra_flops(self, seq_len: int) -> int:
         """Forward and backward per token, beyond matmuls with weights; not halved for the causal mask, as in
         published MFU figures (PaLM, appendix B); min(T, W) keys."""
-        return 12 * self.cfg.d_model * min(self.window or seq_len, seq_len)
+        return 12 * self.sizes[0] * min(self.window or seq_len, seq_len)
 
 
-def rope_angles(positions, head_size: int, theta: float):
-    """cos and sin (T, D/2) of positions (T,): pair i turns by positions * theta^(-2i/D) (RoFormer,
-    2104.09864). Always in float32: bf16 cannot tell position 256 from 257."""
-    exponents = torch.arange(0, head_size, 2, device=positions.device).float() / head_size  # (D/2,)
-    angles = positions.float()[:, None] * theta ** -exponents  # (T, D/2)
+def rope_angles(positions, size: int, theta: float):
+    """cos and sin (T, R/2) of positions (T,) for the R = `size` dimensions of a head that turn: pair i turns by
+    positions * theta^(-2i/R) (RoFormer, 2104.09864). Always in float32: bf16 cannot tell position 256 from
+    257."""
+    exponents = torch.arange(0, size, 2, device=positions.device).float() / size  # (R/2,)
+    angles = positions.float()[:, None] * theta ** -exponents  # (T, R/2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x_i, x_{i + D/2}) of x (B, H, T, D) by its angle: the half-split layout of Llama and
-    Qwen."""
-    a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)  # (B, H, T, D)
+    """Turn each pair (x_i, x_{i + R/2}), i < R/2, of x (B, H, T, D) by its angle: the half-split layout of
+    Llama and Qwen. The last D - R dimensions stay."""
+    half, rest = cos.size(-1), x.size(-1) - 2 * cos.size(-1)
+    a, b, *rest = x.float().split((half, half, rest) if rest else half, dim=-1)  # (B, H, T, R/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Recurrent mixers
 
-ATTENTION_FLAGS = ("n_kv_heads", "qkv_share", "qk_norm", "attn_scale", "attn_sink", "window", "global_every")
+ATTENTION_FLAGS = ("n_kv_heads", "head_size", "attn_bias", "qkv_share", "qk_norm", "qk_norm_weights",
+                   "attn_scale", "attn_sink", "window", "global_every")
 
 
 class ContextScan(nn.Module):
@@ -356,15 +376,16 @@ class Experts(nn.Module):
         return y, (load * p.mean(dim=1)).sum(dim=-1)  # (B,)
 
 
-def residual_linear(cfg: ModelConfig, n_in: int, n_experts: int = 0) -> nn.Module:
+def residual_linear(cfg: ModelConfig, n_in: int, n_experts: int = 0, bias=None) -> nn.Module:
     """A map to the residual stream, smaller at the start in deeper models, so that the stream's variance does
     not grow with depth (GPT-2)."""
-    return linear(n_in, cfg.d_model, cfg.bias, std=0.02 / math.sqrt(2 * cfg.n_layers), zero=cfg.zero_init,
+    bias = cfg.bias if bias is None else bias
+    return linear(n_in, cfg.d_model, bias, std=0.02 / math.sqrt(2 * cfg.n_layers), zero=cfg.zero_init,
                   rank=cfg.proj_rank, n_experts=n_experts)
 
 
-def make_norm(cfg: ModelConfig) -> nn.Module:
-    norm = NORMS[cfg.norm](cfg)
+def make_norm(cfg: ModelConfig, width: int = 0, bias=None) -> nn.Module:
+    norm = NORMS[cfg.norm](width or cfg.d_model, cfg.norm_eps, cfg.bias if bias is None else bias)
     norm.specs = {"weight": ONES, "bias": ZEROS}
     return norm
 
@@ -377,7 +398,7 @@ class Block(nn.Module):
         self.ff_norm, self.ff = make_norm(cfg), Experts(cfg) if cfg.n_experts else FeedForward(cfg)
         self.adapter = linear(cfg.d_model, cfg.d_model, std=0.02 / math.sqrt(2 * cfg.n_layers), zero=True,
                               rank=cfg.adapter_rank) if cfg.adapter_rank else None
-        self.dropout = nn.Dropout(cfg.dropout)
+        self.dropout, self.parallel = nn.Dropout(cfg.dropout), cfg.parallel_residual
 
     def forward(self, x, rope, state):
         """x (B, T, C) -> (B, T, C), and the experts' balance loss (B,) or None."""
@@ -385,7 +406,7 @@ class Block(nn.Module):
         if self.conv is not None:
             y = self.conv(y, state)
         x = x + self.dropout(self.mixer(y, rope, state))
-        y = self.ff(self.ff_norm(x))
+        y = self.ff(self.ff_norm(given if self.parallel else x))
         y, balance = y if isinstance(y, tuple) else (y, None)
         x = x + self.dropout(y)
         return (x + 0.1 * self.adapter(given) if self.adapter else x), balance
@@ -413,8 +434,8 @@ class Blocks(nn.ModuleList):
     def forward(self, x, positions, states: list | None, balances: list | None = None):
         """x (B, T, C) at positions (T,) -> (B, T, C). Each layer's balance loss (B,) is appended to
         `balances`."""
-        rope = rope_angles(positions, self.cfg.d_model // self.cfg.n_heads, self.cfg.rope_theta) \
-            if self.cfg.pos == "rope" else None
+        cfg = self.cfg
+        rope = rope_angles(positions, cfg.rope_size, cfg.rope_theta) if cfg.pos == "rope" else None
         for i, block in enumerate(self):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x, balance = recomputed(block, x, rope, None, use_reentrant=False)
@@ -435,7 +456,7 @@ class GatedContext(nn.Module):
     repeated along the text: He's rule for ReLU layers (1502.01852), 1 / sqrt(fan-in) for gates."""
 
     refuses = (*ATTENTION_FLAGS, "n_unique_blocks", "adapter_rank", "proj_rank", "n_experts", "zero_init",
-               "short_conv")
+               "short_conv", "parallel_residual", "norm_eps")
     needs = {"pos": "none", "activation": "relu", "norm": "layernorm", "bias": True}
     depth = 2  # for common/fit.py: its backward holds gradients of all layers, about half of the total
 
@@ -500,7 +521,7 @@ class LM(nn.Module):
         if cfg.embed_rank:
             self.embed_up = Linear(width, cfg.d_model, False, embed_std, (), "embeddings")
         if cfg.pos == "learned":
-            self.pos_embed = Embedding(cfg.max_seq_len, cfg.d_model)
+            self.pos_embed = Embedding(cfg.max_seq_len + cfg.pos_offset, cfg.d_model)
         elif cfg.pos not in ("rope", "none"):
             raise NotImplementedError(f"pos={cfg.pos}")
         self.dropout = nn.Dropout(cfg.dropout)
@@ -553,7 +574,7 @@ class LM(nn.Module):
         if self.embed_up is not None:
             x = self.embed_up(x)  # (B, T, C)
         if self.pos_embed is not None:
-            x = x + self.pos_embed(positions)  # (B, T, C)
+            x = x + self.pos_embed(positions + self.cfg.pos_offset)  # (B, T, C)
         x = self.trunk(self.dropout(x), positions, state.layers if state else None, balances)
         if state:
             state.length += tokens.size(1)  # in place where it is a tensor
