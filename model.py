@@ -202,7 +202,7 @@ class Attention(nn.Module):
 
 
 def rope_angles(positions, size: int, theta: float):
-    """cos and sin (T, R/2) of positions (T,) for the R = `size` dimensions of a head that turn: pair i turns by
+    """cos and sin (T, R/2) of positions (T,) for the R = `size` dimensions of a head that turn: pair i by
     positions * theta^(-2i/R) (RoFormer, 2104.09864). Always in float32: bf16 cannot tell position 256 from
     257."""
     exponents = torch.arange(0, size, 2, device=positions.device).float() / size  # (R/2,)
@@ -613,8 +613,9 @@ def load_model(path: str, device="cpu", dtype: str = "fp32") -> tuple[LM, dict]:
     INT8); and everything else the checkpoint holds."""
     saved = checkpoint.load(path, keys=("model", "config", "tokenizer"), int8=True)
     names = {f.name for f in fields(ModelConfig)}
-    model = LM(ModelConfig(**{k: v for k, v in saved["config"].items() if k in names}))
-    if "int8" in saved:
-        int8.to_int8(model)
-    checkpoint.load_weights(model, saved.pop("model"), path)
+    with torch.device("meta"):  # without memory or random numbers: the file's tensors become its own
+        model = LM(ModelConfig(**{k: v for k, v in saved["config"].items() if k in names}))
+        if "int8" in saved:
+            int8.to_int8(model)
+    checkpoint.assign_weights(model, saved.pop("model"), path)
     return model.to(device, DTYPES[dtype]).eval(), saved

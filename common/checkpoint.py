@@ -61,8 +61,8 @@ def new_name(name: str, own) -> str:
     return new if new in own else re.sub(r"^blocks\.0\.", "trunk.", name)
 
 
-def load_weights(model, weights: dict, path: str) -> None:
-    """Load `weights` into `model`. CheckpointError that lists the tensors that do not fit."""
+def fitting(model, weights: dict, path: str) -> dict:
+    """`weights` under the model's own names. CheckpointError that lists the tensors that do not fit."""
     own = model.state_dict()
     weights = {new_name(name, own): w for name, w in weights.items()}
     problems = [f"{k}: missing in the file" for k in own if k not in weights]
@@ -72,7 +72,23 @@ def load_weights(model, weights: dict, path: str) -> None:
     if problems:
         more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{path} is of another model:\n  " + "\n  ".join(problems[:5]) + more)
-    model.load_state_dict(weights)
+    return weights
+
+
+def load_weights(model, weights: dict, path: str) -> None:
+    """Copy `weights` into `model`. CheckpointError as above."""
+    model.load_state_dict(fitting(model, weights, path))
+
+
+def assign_weights(model, weights: dict, path: str) -> None:
+    """Make `weights` themselves the parameters of `model`, which was built on the meta device and so holds
+    none: no second copy exists. Shared parameters stay shared. CheckpointError as above."""
+    weights, ours = fitting(model, weights, path), {}
+    for name, p in model.named_parameters():  # each once
+        ours[id(p)] = torch.nn.Parameter(weights[name], requires_grad=p.requires_grad)
+    for module in model.modules():
+        for key, p in module._parameters.items():
+            module._parameters[key] = None if p is None else ours[id(p)]
 
 
 def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "") -> None:

@@ -6,10 +6,10 @@ def model_problems(cfg, core) -> list[str]:
     (they must keep their defaults) and those it `needs`."""
     out = cfg.at_least(1, "max_seq_len", "d_model", "n_layers", "n_heads") + cfg.at_least(
         0, "vocab_size", "n_tokens", "n_kv_heads", "head_size", "d_ff", "window", "global_every",
-        "embed_rank", "n_unique_blocks", "adapter_rank", "proj_rank", "qkv_share", "n_experts", "expert_balance",
-        "short_conv", "context_dim", "pos_offset")
-    rules = (*core_rules(cfg, core), *bias_rules(cfg), *sharing_rules(cfg), *number_rules(cfg))
-    return out or [text for wrong, text in rules if wrong]
+        "embed_rank", "n_unique_blocks", "adapter_rank", "proj_rank", "qkv_share", "n_experts",
+        "expert_balance", "short_conv", "context_dim", "pos_offset")
+    return out or [text for wrong, text in (*core_rules(cfg, core), *bias_rules(cfg), *sharing_rules(cfg),
+                                            *number_rules(cfg)) if wrong]
 
 
 def core_rules(cfg, core):

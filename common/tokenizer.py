@@ -242,10 +242,13 @@ def train_words(texts, vocab_size: int) -> HuggingFace:
 def hugging_face(where: str) -> HuggingFace:
     """From a tokenizer.json, a folder that contains one, or the hub."""
     library, path = need("tokenizers").Tokenizer, os.path.expanduser(where)
-    path = os.path.join(path, FILE) if os.path.isdir(path) else path
+    folder, path = path, os.path.join(path, FILE) if os.path.isdir(path) else path
+    old = not os.path.exists(path) and os.path.exists(os.path.join(folder, "merges.txt"))  # OPT
     try:
-        local, config = os.path.exists(path), os.path.join(os.path.dirname(path), "tokenizer_config.json")
-        content = read_json(path) if local else json.loads(library.from_pretrained(where).to_str())
+        local = old or os.path.exists(path)
+        config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+        content = from_merges(folder) if old else read_json(path) if local else \
+            json.loads(library.from_pretrained(where).to_str())
         vocab = library.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
         eos = read_json(config).get("eos_token") if local and os.path.exists(config) else None
     except Exception as e:  # `tokenizers` raises bare Exceptions
@@ -260,6 +263,17 @@ def hugging_face(where: str) -> HuggingFace:
             return HuggingFace(f"hf:{where}", content, vocab[token])
     raise UserError(f"--tokenizer=hf:{where} has no known token that separates documents; name one as "
                     '"eos_token" in a tokenizer_config.json next to tokenizer.json')
+
+
+def from_merges(folder: str) -> dict:
+    """The content of tokenizer.json for a folder of GPT-2's older files, vocab.json and merges.txt."""
+    lib, paths = need("tokenizers"), [os.path.join(folder, name) for name in ("vocab.json", "merges.txt")]
+    tok = lib.Tokenizer(lib.models.BPE.from_file(*paths))
+    tok.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = lib.decoders.ByteLevel()
+    special = [t for t in (EOT, "<s>", "<pad>", "</s>", "<unk>") if t in tok.get_vocab()]
+    tok.add_special_tokens([lib.AddedToken(t, special=True, normalized=False) for t in special])
+    return json.loads(tok.to_str())
 
 
 def load(path: str) -> Tokenizer:

@@ -321,7 +321,7 @@ def test_one_repeated_batch_is_learned_by_heart(options):
     ({"pos": "rope", "d_model": 12, "n_heads": 4}, "head size d_model/n_heads=3 is odd"),
     ({"pos": "none", "rope_theta": 5.0}, "rope_theta=5.0 is set, but pos=none"),
     ({"dropout": 1.0}, "dropout must be in"),
-    ({"activation": "swigul"}, "expected one of gelu, relu, relu2, swiglu.*did you mean 'swiglu'"),
+    ({"activation": "swigul"}, "expected one of gelu, relu, relu2, gelu_tanh, swiglu.*did you mean 'swiglu'"),
     ({"n_layers": 0}, "n_layers must be at least 1"),
     ({"vocab_size": 10, "n_tokens": 11}, "n_tokens=11 is more than vocab_size=10"),
 ])
