@@ -58,10 +58,10 @@ class OptimizerConfig(Config):
 
 
 def parameter_groups(model, cfg: OptimizerConfig) -> list[dict]:
-    """Each parameter in exactly one of four groups, as its layer declares (common/layers.py): `matrices`, an
-    untied `head`, `embeddings`, `scalars` (norms, biases, other vectors, routers). Only matrices and the head
-    have weight decay. The schedule scales `peak_lr`; `parts` lists for each of Muon's matrices the rows of
-    the maps in it."""
+    """Each trained parameter in exactly one of four groups, as its layer declares (common/layers.py):
+    `matrices`, an untied `head`, `embeddings`, `scalars` (norms, biases, other vectors, routers). Only
+    matrices and the head have weight decay. The schedule scales `peak_lr`; `parts` lists for each of Muon's
+    matrices the rows of the maps in it."""
     muon, lr, decay = cfg.optimizer == "muon", cfg.lr, cfg.weight_decay
     groups = {name: {"name": name, "params": [], "peak_lr": peak, "lr": peak, "weight_decay": decay,
                      "kind": "adamw" if muon and name != "matrices" else cfg.optimizer}
@@ -72,11 +72,14 @@ def parameter_groups(model, cfg: OptimizerConfig) -> list[dict]:
     if muon:
         groups["matrices"]["parts"] = []
     for _, p, spec in declared(model):
+        if not p.requires_grad:  # frozen, by LoRA
+            continue
         groups[spec.group]["params"].append(p)
         if muon and spec.group == "matrices":
             groups["matrices"]["parts"].append(list(spec.maps) or [p.size(-2)])
     grouped, total = (sum(p.numel() for p in ps) for ps in (
-        [p for g in groups.values() for p in g["params"]], model.parameters()))
+        [p for g in groups.values() for p in g["params"]],
+        [p for p in model.parameters() if p.requires_grad]))
     assert grouped == total, f"{grouped:,} of {total:,} parameters are in optimiser groups"
     return [g for g in groups.values() if g["params"]]
 

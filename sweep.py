@@ -143,19 +143,19 @@ def look_up(run: Run, out_dir: str) -> list[str]:
     if not os.path.exists(path):
         return []
     saved = checkpoint.load(path, keys=("progress", "config", "data_sha256"))
-    cfg, meta = replace(run.arm.cfg, seed=run.seed), data.read_meta(run.arm.cfg.data)
-    sha256, free = meta["splits"]["train"]["sha256"], cfg.may_change() - {"dtype"}
-    differences = differences_to(saved, cfg.resolved(meta), sha256, free)
+    cfg, meta = replace(run.arm.cfg, seed=run.seed, name=run.name), data.read_meta(run.arm.cfg.data)
+    free = cfg.may_change() - {"dtype"}
+    differences = differences_to(saved, cfg.resolved(meta), cfg.data_sha256(meta), free)
     if not differences and saved["progress"]["ended"]:
         run.row = next((r for r in read_ledger(out_dir) if r["run_id"] == saved["progress"]["run_id"]), None)
     return differences
 
 
 def write_arm(arm: Arm, folder: str) -> None:
-    """Write the arm as a config file of all options that differ from the script's defaults."""
+    """Write the arm as a config file of all options it sets, or that differ from the script's defaults."""
     lines = [f"# Written by sweep.py: {arm.text}"]
     lines += [f"{f.name} = {getattr(arm.cfg, f.name)!r}" for f in fields(arm.cfg)
-              if f.name not in ("name", "seed", "overwrite") and getattr(arm.cfg, f.name) != f.default]
+              if f.name not in ("name", "seed", "overwrite") and arm.cfg.sets(f.name)]
     write_text(os.path.join(folder, f"{arm.name}.py"), "\n".join([*lines, ""]))
 
 

@@ -6,6 +6,8 @@
     python train.py config/exp3.py --dry_run                          # size, cost and plan, without training
     python train.py config/exp3.py --lr=3e-4 --name=exp3_lr3e-4       # a flag overrides the config file
     python train.py config/exp3.py --max_minutes=85                   # stop in time; the same command resumes
+    python train.py config/continual.py                               # continue another run, on new text
+    python train.py config/continual.py --replay=0.05 --name=replay   # with old text mixed in
 
 A run stopped by Ctrl-C, SIGTERM, --max_minutes or kill -9 is resumed by the same command, with the losses it
 would have had without the stop. Its folder out/NAME/ holds last.pt, best.pt, metrics.jsonl, samples.txt and
@@ -16,13 +18,14 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from common import checkpoint, distributed, fit
+from common import checkpoint, distributed, fit, lora
 from common.config import UserError, launch
 from common.console import StepBar, resume_command, say
-from common.data import Text, Windows, open_text
+from common.data import Mixed, Text, Windows, open_beside, open_text, read_meta
 from common.evaluate import evaluate
 from common.files import read_rows, write_text
 from common.run import Run, RunConfig
+from common.source import carry_moments, inherit
 from common.step import NotFinite, backward, check_gradients, choose_compile, update, wrap
 from common.stop import StopRequest
 from common.tables import draw_losses
@@ -37,13 +40,21 @@ import torch
 
 @dataclass
 class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
-    MAY_CHANGE = {"data", "checkpoint_activations", "memory_gb", "micro_batch_size", "max_minutes",
-                  "eval_lens", "prompts", "sample_tokens", "log_interval", "save_minutes"}
+    MAY_CHANGE = {"data", "replay_data", "lora_merge", "checkpoint_activations", "memory_gb",
+                  "micro_batch_size", "max_minutes", "eval_data", "eval_lens", "prompts", "sample_tokens",
+                  "log_interval", "save_minutes"}
     name: str = "train"  # the run's folder in out_dir; by default the config file's name
     # data
     data: str = "data/shakespeare"  # folder made by prepare_data.py
     train_tokens: int = 0  # use only the first N training tokens (what does data buy?); 0 = all
-    init_from: str = ""  # start a new run from the weights of this checkpoint or run folder; "" = random
+    # continued training
+    init_from: str = ""  # checkpoint or run folder to take weights and architecture from; "" = random weights
+    carry_optimizer: bool = False  # start with its optimiser's moments too, instead of fresh ones
+    replay: float = 0.0  # share of sequences that come from replay_data
+    replay_data: str = ""  # folder of old text in the same tokens
+    lora_rank: int = 0  # train low-rank changes (LoRA) of the trunk's matrices alone; 0 = train everything
+    lora_alpha: float = 16.0  # LoRA's changes are scaled by lora_alpha / lora_rank
+    lora_merge: bool = False  # at the end also write merged.pt: best.pt as a plain model
     # length: whichever ends first
     epochs: float = -1.0  # passes over the training windows; 0 = no limit; -1 = 1, or no limit with max_steps
     max_steps: int = 0  # optimiser steps; 0 = no limit
@@ -56,6 +67,7 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
     memory_gb: float = 0.0  # what micro_batch_size=0 may fill; 0 = what is free now
     # evaluation and output
     eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once per epoch
+    eval_data: tuple[str, ...] = ()  # also evaluate on these folders' validation text: what is forgotten?
     eval_lens: tuple[int, ...] = ()  # also evaluate at these context lengths (rope and none extrapolate)
     patience: int = 0  # stop after this many evaluations without a new best; 0 = never
     prompts: tuple[str, ...] = ()  # continued at each evaluation
@@ -66,17 +78,44 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "batch_size", "log_interval", "eval_lens")
         out += self.at_least(0, "micro_batch_size", "tbptt", "max_steps", "max_minutes", "eval_interval",
-                             "patience", "sample_tokens", "train_tokens", "save_minutes", "memory_gb")
+                             "patience", "sample_tokens", "train_tokens", "save_minutes", "memory_gb",
+                             "lora_rank")
         if self.epochs < 0 and self.epochs != -1:
             out.append(f"epochs must not be negative (except -1, the default), got {self.epochs}")
-        if self.head_lr and self.tie_embeddings:
-            out.append(f"head_lr={self.head_lr} is set, but the head is tied to the embedding; use embed_lr, "
-                       "or tie_embeddings=False")
         if not self.epochs and not self.max_steps:
             out.append("the run has no end: set epochs or max_steps (max_minutes only stops a session)")
         if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
             out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
                        f"batch_size={self.batch_size}")
+        known = self.n_tokens or not self.init_from  # else the architecture is in a checkpoint not read yet
+        return out + self.continuation_problems() + (self.architecture_problems() if known else [])
+
+    def continuation_problems(self) -> list[str]:
+        out, names = [], [text_name(f) for f in self.eval_data]
+        if not self.init_from:
+            out += [f"{key} needs a trained model: set init_from" for key in ("carry_optimizer", "lora_rank")
+                    if getattr(self, key)]
+        if not 0 <= self.replay < 1:
+            out.append(f"replay must be at least 0 and below 1, got {self.replay}")
+        if self.replay and not self.replay_data:
+            out.append(f"replay={self.replay} needs the folder of the old text: set replay_data")
+        if len(set(names)) < len(names):
+            out.append(f"eval_data has two folders of one name, by which their losses are called: {names}")
+        if self.lora_rank and not self.lora_alpha > 0:
+            out.append(f"lora_alpha must be above 0, got {self.lora_alpha}")
+        if self.lora_rank and self.carry_optimizer:
+            out.append("carry_optimizer: LoRA's matrices are new and have no moments; use one of the two")
+        if self.lora_rank and (self.embed_lr or self.head_lr or self.scalar_lr):
+            out.append("embed_lr, head_lr and scalar_lr have no use: lora_rank trains matrices alone")
+        if self.lora_merge and not self.lora_rank:
+            out.append("lora_merge has nothing to merge: lora_rank is 0")
+        return out
+
+    def architecture_problems(self) -> list[str]:
+        out = []
+        if self.head_lr and self.tie_embeddings:
+            out.append(f"head_lr={self.head_lr} is set, but the head is tied to the embedding; use embed_lr, "
+                       "or tie_embeddings=False")
         if self.tbptt and self.mixer == "attention":
             out.append(f"tbptt={self.tbptt} carries a fixed-size state, which mixer=attention does not have; "
                        "use mixer=context or mixer=lstm, or a smaller max_seq_len")
@@ -87,19 +126,58 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
         if self.pos == "learned" and any(n > self.max_seq_len for n in self.eval_lens):
             out.append(f"eval_lens={self.eval_lens} goes past the learned positions, which end at "
                        f"max_seq_len={self.max_seq_len}; use pos=rope or pos=none")
+        if self.lora_rank and (self.n_experts or self.gated or self.mixer == "lstm"):
+            what = f"n_experts={self.n_experts}" if self.n_experts else f"mixer={self.mixer}"
+            out.append(f"lora_rank: the matrices of {what} are read by a kernel of its own, past LoRA; train "
+                       "everything")
         return out
 
     def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
         free = self.may_change() if free is None else free
         return super().differences(saved, free | {"epochs"} if self.epochs < 0 else free)
 
-    def resolved(self, meta: dict) -> "TrainConfig":
-        """With the vocabulary of the data folder's tokenizer."""
+    def resolved(self, meta: dict | None) -> "TrainConfig":
+        """With the architecture of `init_from`, and the vocabulary of the data folder's tokenizer."""
+        cfg = inherit(self, ModelConfig, meta) if self.init_from else self
+        if not meta:
+            return cfg
         n_tokens = meta["tokenizer"]["vocab_size"]
-        if 0 < self.vocab_size < n_tokens:
-            raise UserError(f"vocab_size={self.vocab_size}, but the tokenizer of {self.data} has "
+        if 0 < cfg.vocab_size < n_tokens:
+            raise UserError(f"vocab_size={cfg.vocab_size}, but the tokenizer of {cfg.data} has "
                             f"{n_tokens} ids")
-        return replace(self, vocab_size=self.vocab_size or n_tokens, n_tokens=n_tokens)
+        return replace(cfg, vocab_size=cfg.vocab_size or n_tokens, n_tokens=n_tokens)
+
+    def data_sha256(self, meta: dict) -> str:
+        """Of the training tokens, and of those replayed."""
+        metas = [meta, read_meta(self.replay_data)] if self.replay else [meta]
+        return "+".join(m["splits"]["train"]["sha256"] for m in metas)
+
+
+def text_name(folder: str) -> str:
+    """What the losses on a folder's text are called."""
+    return os.path.basename(os.path.normpath(folder))
+
+
+def make_model(cfg: TrainConfig, source: dict | None = None) -> LM:
+    """The model to train, with the weights of the checkpoint `source` = init_from, or random ones."""
+    model = LM(cfg)
+    if source:
+        checkpoint.load_weights(model, source["model"], cfg.init_from)
+    return lora.wrap(model, cfg.lora_rank, cfg.lora_alpha) if cfg.lora_rank else model
+
+
+def open_texts(cfg: TrainConfig) -> Text:
+    """The run's text, with what is evaluated and replayed beside it."""
+    text = open_text(cfg.data, cfg.train_tokens)
+    others = {text_name(f): open_beside(f, "val", text, cfg.data) for f in cfg.eval_data}
+    replayed = open_beside(cfg.replay_data, "train", text, cfg.data)[0] if cfg.replay else None
+    return text._replace(others=others, replayed=replayed)
+
+
+def samples_of(cfg: TrainConfig, text: Text) -> Windows | Mixed:
+    """The stream of training samples."""
+    new = Windows(text.train, cfg.max_seq_len, cfg.seed)
+    return Mixed(new, Windows(text.replayed, cfg.max_seq_len, cfg.seed), cfg.replay) if cfg.replay else new
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -159,7 +237,7 @@ def choose_micro_batch(cfg: TrainConfig, needs: fit.Needs, dist, room: float, be
 
 def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: float, began=0) -> Plan:
     dtype, why = distributed.choose_dtype(cfg.dtype, dist.device)
-    windows = Windows(text.train, cfg.max_seq_len, cfg.seed).per_epoch if text else 0
+    windows = samples_of(cfg, text).per_epoch if text else 0
     micro, note = choose_micro_batch(cfg, needs, dist, room, began)
     plan = make_plan(cfg, dist.world, windows, micro)
     plan.dtype, plan.flops_per_token = dtype, needs.model.flops_per_token(cfg.max_seq_len)
@@ -177,8 +255,9 @@ def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> lis
     n, seq, flops = needs.model.count_parameters(), cfg.max_seq_len, plan.flops_per_token
     epoch, total = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq
     needed = needs.peak(plan.micro, plan.world)
+    trained = f", of which LoRA trains {needs.gradients // 4:,}" if cfg.lora_rank else ""
     lines = [
-        f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings)",
+        f"parameters  {n['total']:,} ({n['non_embedding']:,} without embeddings){trained}",
         f"batch       {plan.world} process{'es' * (plan.world > 1)} x {plan.accumulation} accumulated x "
         f"{plan.micro} = {cfg.batch_size} sequences; x {seq} = {cfg.batch_size * seq:,} tokens a step",
         f"memory      about {needed / 1e9:.2f} GB at its peak" + " a process" * (plan.world > 1)
@@ -189,6 +268,9 @@ def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> lis
         *describe_groups(parameter_groups(needs.model, cfg))]
     if not epoch:
         return [*lines, f"epoch       unknown: no tokens in {cfg.data} yet"]
+    if cfg.replay:
+        lines.append(f"replay      {cfg.replay:.3g} of all sequences, from {cfg.replay_data}; the epoch "
+                     "below includes them")
     return [
         *lines,
         f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 "
@@ -205,7 +287,8 @@ def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> lis
 class Progress:
     """Where a run stands. With weights and optimiser it is all that resuming needs."""
     step: int = 0  # optimiser steps done
-    evaluated: int = 0  # the last step that was evaluated
+    evaluated: int = 0  # the last step that was evaluated; -1: step 0 is to be
+    first: dict = field(default_factory=dict)  # losses at step 0 on the other texts, by name
     best: dict = field(default_factory=dict)  # the best evaluation, with its step
     bad_evals: int = 0  # evaluations since the best
     loss_sum: float = 0.0  # over the steps since the last evaluation
@@ -216,7 +299,7 @@ class Progress:
 def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler, run: Run,
           progress: Progress, stop: StopRequest, needs: fit.Needs) -> None:
     dist, net = run.dist, wrap(model, plan.compiled, run.dist)
-    windows = Windows(text.train, cfg.max_seq_len, cfg.seed)
+    windows = samples_of(cfg, text)
 
     def fetch(step: int) -> list:
         return [windows.batch(i, plan.micro, dist.device) for i in plan.samples(step, dist.rank)]
@@ -229,7 +312,7 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
         while not progress.ended:
             # evaluate if due, or if a stop cut the last evaluation short
             if progress.evaluated < progress.step and plan.evaluates(progress.step, cfg):
-                results = evaluate_lengths(cfg, plan, text, model, dist, stop, needs)
+                results = evaluate_all(cfg, plan, text, model, dist, stop, needs)
                 if results is None:  # stopped halfway: repeated on resuming
                     save("last.pt")
                     break
@@ -270,28 +353,33 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
                 break
 
 
-def evaluate_lengths(cfg: TrainConfig, plan: Plan, text: Text, model: LM, dist, stop, needs) -> dict | None:
-    """{context length: measures on the whole validation split}; None if stopped halfway."""
-    results = {}
-    for length in dict.fromkeys((cfg.max_seq_len, *cfg.eval_lens)):
+def evaluate_all(cfg: TrainConfig, plan: Plan, text: Text, model: LM, dist, stop, needs) -> dict | None:
+    """{context length, or name of another text: measures on the whole validation split}; None if stopped
+    halfway."""
+    results, own = {}, (text.val, text.meta["splits"]["val"])
+    tasks = {length: (length, *own) for length in (cfg.max_seq_len, *cfg.eval_lens)}
+    tasks |= {name: (cfg.max_seq_len, *other) for name, other in text.others.items()}
+    for key, (length, val, split) in tasks.items():
         # more fits without gradients: up to 2^14 tokens, or as many as in training
         tokens = needs.evaluated_at_once(plan.micro) * cfg.max_seq_len
         batch_size = max(1, min(tokens, max(plan.micro * cfg.max_seq_len, 2**14)) // length)
-        results[length] = evaluate(model, text.val, text.meta["splits"]["val"], length, batch_size, dist,
-                                   plan.dtype, stop=stop)
-        if results[length] is None:
+        results[key] = evaluate(model, val, split, length, batch_size, dist, plan.dtype, stop=stop)
+        if results[key] is None:
             return None
-        if not math.isfinite(results[length]["loss"]):
-            raise NotFinite(f"validation loss {results[length]['loss']}; not saved")
+        if not math.isfinite(results[key]["loss"]):
+            raise NotFinite(f"validation loss {results[key]['loss']}; not saved")
     return results
 
 
 def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progress: Progress, results: dict,
            speed: float) -> bool:
     """Update the progress with an evaluation, sample, log and draw. Returns whether it is the best so far."""
-    result, step = {"step": progress.step, **results[cfg.max_seq_len]}, progress.step
+    step, others = progress.step, {name: results[name] for name in text.others}
+    if progress.evaluated < 0:
+        progress.first = {name: r["loss"] for name, r in others.items()}
+    result = {"step": step, **results[cfg.max_seq_len], **on_others(others, progress.first)}
     better = result["loss"] < progress.best.get("loss", math.inf)
-    train_loss = progress.loss_sum / (step - progress.evaluated)
+    train_loss = progress.loss_sum / (step - progress.evaluated) if step else None
     progress.bad_evals = 0 if better else progress.bad_evals + 1
     progress.best = result if better else progress.best
     progress.evaluated, progress.loss_sum = step, 0.0
@@ -303,14 +391,18 @@ def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progre
         return better
     samples = sample_prompts(model, text.tok, cfg, run.dist.device)
     tokens, epoch = step * cfg.batch_size * cfg.max_seq_len, step * cfg.batch_size / plan.per_epoch
-    losses = {n: r["loss"] for n, r in results.items()}
+    losses = {n: r["loss"] for n, r in results.items() if n not in others}
     by_length = {"val_loss_by_length": {str(n): v for n, v in losses.items()}} if cfg.eval_lens else {}
     run.metrics(step=step, tokens=tokens, epoch=epoch, mean_train_loss=train_loss,
                 **{f"val_{k}": v for k, v in result.items() if k != "step"}, **by_length, samples=samples,
                 seconds=round(run.seconds, 3))
-    say(f"step {step:>7,}  epoch {epoch:6.2f} | train {train_loss:.4f} | val {result['loss']:.4f}"
-        f"{'*' if better else ' '} {measures_text(result)} | "
-        f"{speed_text(cfg, plan, speed, run.dist.device)}")
+    say(f"step {step:>7,}  epoch {epoch:6.2f} | "
+        + (f"train {train_loss:.4f}" if step else f"{'before':<12}") + f" | val {result['loss']:.4f}"
+        f"{'*' if better else ' '} {measures_text(result)}"
+        + f" | {speed_text(cfg, plan, speed, run.dist.device)}" * (step > 0))
+    for name in others:
+        lost = f", {result[f'{name}_forgotten']:+.4f} since step 0" * (name in progress.first)
+        say(f"              {name}: loss {result[f'{name}_loss']:.4f}{lost}")
     if cfg.eval_lens:
         say("              loss by context length: " + ", ".join(f"{n}: {v:.4f}" for n, v in losses.items()))
     for i, shares in enumerate(result.get("expert_usage", [])):
@@ -322,8 +414,20 @@ def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progre
         f"=== step {r['step']:,}, validation loss {r['val_loss']:.4f}\n"
         + "".join(f"{prompt}|{continuation}\n" for prompt, continuation in r["samples"].items())
         for r in rows if r.get("samples")))
-    draw_losses(rows, f"{cfg.name}: {model.count_parameters()['total']:,} parameters", run.path("loss.png"))
+    draw_losses(rows, f"{cfg.name}: {model.count_parameters()['total']:,} parameters", run.path("loss.png"),
+                text.others)
     return better
+
+
+def on_others(others: dict, first: dict) -> dict:
+    """Measures on other texts, as the log and the ledger name them; `forgotten` is the loss gained since
+    step 0, in nats per token."""
+    out = {}
+    for name, r in others.items():
+        out |= {f"{name}_{key}": r[key] for key in ("loss", "bits_per_byte")}
+        if name in first:
+            out[f"{name}_forgotten"] = r["loss"] - first[name]
+    return out
 
 
 def sample_prompts(model: LM, tok, cfg: TrainConfig, device) -> dict[str, str]:
@@ -359,21 +463,21 @@ def measures_text(result: dict) -> str:
 def main(cfg: TrainConfig) -> dict:
     """Train, resume or plan. Returns the summary, which for a run that ended is its ledger row."""
     with distributed.setup(cfg.device) as dist:
-        without_data = cfg.dry_run and cfg.vocab_size and not os.path.exists(cfg.data)
-        text = None if without_data else open_text(cfg.data, cfg.train_tokens)
-        cfg = cfg.resolved(text.meta) if text else cfg
+        without_data = cfg.dry_run and (cfg.vocab_size or cfg.init_from) and not os.path.exists(cfg.data)
+        text = None if without_data else open_texts(cfg)
+        cfg = cfg.resolved(text.meta if text else None)
         if dist.device.type == "cpu" and not cfg.checkpoint_activations:  # it costs up to a quarter of memory
             distributed.keep_freed_memory()
         room = fit.room_for(cfg.memory_gb, dist)
-        fit.refuse_hopeless(LM, cfg, room * (4 if cfg.micro_batch_size else 1), cfg.batch_size,
+        fit.refuse_hopeless(make_model, cfg, room * (4 if cfg.micro_batch_size else 1), cfg.batch_size,
                             fit.states_of(cfg), cfg.dry_run)
-        needs = fit.Needs(LM, cfg, distributed.choose_dtype(cfg.dtype, dist.device)[0], dist.device)
+        needs = fit.Needs(make_model, cfg, distributed.choose_dtype(cfg.dtype, dist.device)[0], dist.device)
         if cfg.dry_run:
             plan = plan_run(cfg, dist, text, needs, room)
             say("\n".join(plan.notes))
             return {"parameters": needs.model.count_parameters(), **asdict(plan)}
         meta = text.meta
-        with Run(cfg, dist, "train", meta["tokenizer"], meta["splits"]["train"]["sha256"]) as run, \
+        with Run(cfg, dist, "train", meta["tokenizer"], cfg.data_sha256(meta)) as run, \
                 StopRequest(cfg.max_minutes) as stop:
             saved = run.find()
             if saved and cfg.epochs < 0:  # not given, so as at the start of the run
@@ -395,17 +499,19 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
     """(model, optimizer, scaler, progress), new or as saved."""
     device, progress = run.dist.device, Progress()
     torch.manual_seed(cfg.seed)
-    model = LM(cfg).to(device)
+    source = checkpoint.load(cfg.init_from) if cfg.init_from and not saved else None
+    model = make_model(cfg, source).to(device)
     model.trunk.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == "fp16")
     if saved:
         run.restore(saved, model, optimizer, scaler)
-        progress = Progress(**{f.name: saved["progress"][f.name] for f in fields(Progress)})
-    elif cfg.init_from:
-        source = checkpoint.load(cfg.init_from, keys=("model", "config", "tokenizer"))
-        checkpoint.check_tokenizer(source["tokenizer"], cfg.init_from, text.meta["tokenizer"], cfg.data)
-        checkpoint.load_weights(model, source["model"], cfg.init_from)
+        names = [f.name for f in fields(Progress)]
+        progress = Progress(**{name: saved["progress"][name] for name in names if name in saved["progress"]})
+    elif source:
+        if cfg.carry_optimizer:
+            carry_moments(optimizer, source, cfg.init_from, cfg.optimizer)
+        progress.evaluated = -1  # the curve begins with what was there
     progress.micro = plan.micro
     run.begin(saved, lambda row: row["step"] <= (progress.evaluated if "val_loss" in row else progress.step))
     if run.dist.is_main:
@@ -432,6 +538,11 @@ def finish(cfg: TrainConfig, plan: Plan, run: Run, progress: Progress, model: LM
     row = run.finish(progress.ended or "stopped", dtype=plan.dtype, result=progress.best, counts={
         "steps": progress.step, "tokens": tokens, "epochs": progress.step * cfg.batch_size / plan.per_epoch,
         "parameters": n["total"], "parameters_non_embedding": n["non_embedding"], "sessions": run.sessions})
+    if progress.ended and cfg.lora_merge and run.dist.is_main:
+        best = checkpoint.load(run.path("best.pt"), keys=("model", "config", "tokenizer"))
+        config = best["config"] | {"lora_rank": 0, "lora_merge": False}
+        checkpoint.save(run.path("merged.pt"), {"model": lora.merged(best["model"]), "config": config,
+                                                "tokenizer": best["tokenizer"]})
     if progress.ended and run.dist.is_main:
         say(f"{progress.ended}: {progress.step:,} steps, {tokens:,} tokens, "
             f"{run.seconds / 60:.1f} minutes of training, {tokens / max(run.seconds, 1e-9):,.0f} tok/s\n"

@@ -4,6 +4,7 @@ import pickle
 import re
 import zipfile
 
+from common import lora
 from common.config import UserError
 from common.files import write_atomically
 
@@ -30,15 +31,17 @@ def find(path: str) -> str:
     return path
 
 
-def load(path: str, keys=("model", "config"), map_location="cpu", int8: bool = False) -> dict:
-    """The checkpoint that find(path) names. CheckpointError if it is damaged, holds anything but tensors and
-    plain values, lacks one of `keys`, or is in INT8 without `int8`."""
+def load(path: str, keys=("model", "config"), map_location="cpu", int8: bool = False,
+         mmap: bool = False) -> dict:
+    """The checkpoint that find(path) names; with `mmap` its tensors stay on disk until they are used.
+    CheckpointError if it is damaged, holds anything but tensors and plain values, lacks one of `keys`, or is
+    in INT8 without `int8`."""
     path, way_out = find(path), "copy it again, or use the other .pt file in its folder"
     if not zipfile.is_zipfile(path):  # the container of torch.save, with its directory at the end
         size = os.path.getsize(path)
         raise CheckpointError(f"{path} is not a whole checkpoint ({size:,} bytes); {way_out}")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as e:
         reason = str(e).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
         raise CheckpointError(f"{path} holds more than tensors and plain values and was not loaded: "
@@ -62,8 +65,10 @@ def new_name(name: str, own) -> str:
 
 
 def fitting(model, weights: dict, path: str) -> dict:
-    """`weights` under the model's own names. CheckpointError that lists the tensors that do not fit."""
+    """`weights` under the model's own names, merged if they are of a LoRA run and `model` has no LoRA.
+    CheckpointError that lists the tensors that do not fit."""
     own = model.state_dict()
+    weights = weights if any(map(lora.is_lora, own)) else lora.merged(weights)
     weights = {new_name(name, own): w for name, w in weights.items()}
     problems = [f"{k}: missing in the file" for k in own if k not in weights]
     problems += [f"{k}: not in this model" for k in weights if k not in own]

@@ -40,6 +40,7 @@ class Config:
 
     POSITIONAL: typing.ClassVar[str] = ""  # the option that takes bare arguments other than config files
     MAY_CHANGE: typing.ClassVar[set[str]] = set()  # options of this class that may change in a continued run
+    given: typing.ClassVar[frozenset[str]] = frozenset()  # options named in a config file or flag, by load()
 
     def __post_init__(self):
         problems = []
@@ -64,6 +65,10 @@ class Config:
         values = {n: getattr(self, n) for n in names}
         return [f"{n} {said}, got {v}" for n, v in values.items()
                 if min(v if isinstance(v, tuple) else (v,), default=least) < least]
+
+    def sets(self, name: str) -> bool:
+        """Whether the user set this option: in a config file or flag, or otherwise than its default."""
+        return name in self.given or getattr(self, name) != type(self).__dataclass_fields__[name].default
 
     @classmethod
     def may_change(cls) -> set[str]:
@@ -203,7 +208,7 @@ def load(cls, argv: list[str] | None = None, base: dict | None = None):
         print(help_text(cls))
         sys.exit(0)
     kinds, problems = option_types(cls), []
-    values, flags, bare = dict(base or {}), {}, []
+    values, flags, bare = {}, {}, []
     while argv:
         arg = argv.pop(0)
         if arg.startswith("--"):
@@ -214,7 +219,7 @@ def load(cls, argv: list[str] | None = None, base: dict | None = None):
                 problems.append(str(e))
         elif arg.endswith(".py"):
             values.update(from_file(arg, kinds, problems))
-            if "name" in kinds:
+            if "name" in kinds and "name" not in (base or {}):
                 values.setdefault("name", os.path.basename(arg)[:-3])
         elif cls.POSITIONAL and (not arg.startswith("-") or arg == "-"):
             bare.append(arg)
@@ -226,11 +231,12 @@ def load(cls, argv: list[str] | None = None, base: dict | None = None):
             problems.append(f"expected one {cls.POSITIONAL}, got {bare}")
         flags[cls.POSITIONAL] = tuple(bare) if is_list else bare[0]
     try:
-        cfg = cls(**values | flags)
+        cfg = cls(**(base or {}) | values | flags)
     except ConfigError as e:
         problems += e.problems
     if problems:
         raise ConfigError(problems)
+    cfg.given = frozenset(values | flags)
     return cfg
 
 

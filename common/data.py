@@ -1,5 +1,6 @@
 """Opening token files safely, and batches that are a pure function of (seed, position)."""
 import hashlib
+import math
 import os
 from typing import NamedTuple
 
@@ -62,6 +63,8 @@ class Text(NamedTuple):
     tok: tokenizer.Tokenizer
     train: np.ndarray
     val: np.ndarray
+    others: dict = {}  # {name: (validation tokens, their counts)} of texts evaluated beside it
+    replayed: np.ndarray | None = None  # training tokens mixed in
 
 
 def open_text(folder: str, train_tokens: int = 0) -> Text:
@@ -71,6 +74,19 @@ def open_text(folder: str, train_tokens: int = 0) -> Text:
     if train_tokens > len(train):
         raise DataError(f"train_tokens={train_tokens:,}, but {folder} has {len(train):,} training tokens")
     return Text(meta, tok, train[:train_tokens or None], val)
+
+
+def open_beside(folder: str, split: str, text: Text, data: str) -> tuple[np.ndarray, dict]:
+    """(tokens, counts) of another folder's split. DataError unless it has the tokenizer of `text`, which is
+    from the folder `data`."""
+    meta = read_meta(folder)
+    theirs, ours = meta["tokenizer"], text.meta["tokenizer"]
+    if theirs["fingerprint"] != ours["fingerprint"]:
+        raise DataError(f"{folder} is tokenised with {theirs['name']} ({theirs['fingerprint'][:12]}), but "
+                        f"{data} with {ours['name']} ({ours['fingerprint'][:12]}): the same ids stand for "
+                        "different text\nmake one of them with the other's tokenizer:  "
+                        f"python prepare_data.py ... --tokenizer_from={data}")
+    return open_tokens(folder, split, meta), meta["splits"][split]
 
 
 class Windows:
@@ -99,10 +115,42 @@ class Windows:
             out[i] = self.offset + int(self.order[place]) * self.seq_len
         return out
 
+    def rows(self, first: int, count: int) -> np.ndarray:
+        """Samples first .. first + count - 1, (count, T + 1)."""
+        index = self.starts(first, count)[:, None] + np.arange(self.seq_len + 1)  # (count, T + 1)
+        return self.tokens[index].astype(np.int64)
+
     def batch(self, first: int, count: int, device: torch.device):
         """Inputs and targets, (count, T) each, of samples first .. first + count - 1."""
-        index = self.starts(first, count)[:, None] + np.arange(self.seq_len + 1)  # (count, T + 1)
-        return to_device(torch.from_numpy(self.tokens[index].astype(np.int64)), device)
+        return to_device(torch.from_numpy(self.rows(first, count)), device)
+
+
+class Mixed:
+    """Windows of new text with a share of windows of old text among them, as evenly as can be.
+
+    Of samples 0 .. i - 1, floor(share i + phase) are old; the seed sets the phase. So which samples are old,
+    and how many windows of each text were read before, are functions of (seed, i). Each text keeps its own
+    order: the new one's is that of a run without replay. An epoch is one pass over the new text."""
+
+    PARTS = 10**6  # the share's resolution; integers, so that nothing is rounded
+
+    def __init__(self, new: Windows, old: Windows, share: float):
+        self.new, self.old, self.share = new, old, round(share * self.PARTS)
+        self.phase = int(np.random.default_rng((new.seed, 23)).integers(self.PARTS))
+        self.per_epoch = math.ceil(new.per_epoch * self.PARTS / (self.PARTS - self.share))
+
+    def old_before(self, i):
+        """How many of samples 0 .. i - 1 are old; i is a number or an array."""
+        return (i * self.share + self.phase) // self.PARTS
+
+    def batch(self, first: int, count: int, device: torch.device):
+        """Inputs and targets, (count, T) each, of samples first .. first + count - 1."""
+        before = self.old_before(first + np.arange(count + 1))  # (count + 1,)
+        is_old, n = before[1:] > before[:-1], int(before[-1] - before[0])  # (count,)
+        rows = np.empty((count, self.new.seq_len + 1), dtype=np.int64)
+        rows[is_old] = self.old.rows(int(before[0]), n)
+        rows[~is_old] = self.new.rows(first - int(before[0]), count - n)
+        return to_device(torch.from_numpy(rows), device)
 
 
 def to_device(rows: torch.Tensor, device: torch.device):

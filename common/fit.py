@@ -73,7 +73,8 @@ class Needs:
             self.fixed = 0
             self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 3.5 * layer
         self.parameters = sum(p.numel() * 4 for p in self.model.parameters())
-        self.states = self.parameters * states_of(cfg)
+        self.gradients = sum(p.numel() * 4 for p in self.model.parameters() if p.requires_grad)
+        self.states = self.gradients * states_of(cfg)
         self.head = self.model.head.weight.numel() * 4
         self.logits = length * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
         self.base, self.slack = 0.0, 1.0
@@ -84,8 +85,8 @@ class Needs:
         """With accumulation, tbptt or several processes, gradients already exist during a forward pass."""
         gradients_stay = world > 1 or sequences * world < self.cfg.batch_size or self.cfg.tbptt
         loss = min(sequences * self.logits, head_loss.CHUNK_BYTES) + 2 * self.head
-        forward = self.fixed + sequences * self.per_sequence + loss + bool(gradients_stay) * self.parameters
-        backward = self.parameters + 2 * self.head  # gradients, and the two summed for a tied embedding
+        forward = self.fixed + sequences * self.per_sequence + loss + bool(gradients_stay) * self.gradients
+        backward = self.gradients + 2 * self.head  # gradients, and the two summed for a tied embedding
         return self.base + self.slack * (self.parameters + self.states + max(forward, backward))
 
     def evaluated_at_once(self, sequences: int) -> int:
@@ -107,11 +108,12 @@ def refuse_hopeless(make_model, cfg, room: float, batch_size: int, states: int =
     unit, unique = cfg.qkv_share or 1, cfg.n_unique_blocks or cfg.n_layers
     few = [replace(cfg, n_layers=n, n_unique_blocks=0) for n in (unit, 2 * unit)]
     try:
-        with fake_tensors():
-            a, b = (sum(p.numel() for p in make_model(c).parameters()) for c in few)
+        with fake_tensors():  # what is trained has a gradient and the optimiser's states
+            a, b = (sum(p.numel() * (2 + states if p.requires_grad else 1)
+                        for p in make_model(c).parameters()) for c in few)
     except RuntimeError:  # a size beyond 2^63
         a = b = 1e30
-    weights = 4 * (2 + states) * (a + (unique / unit - 1) * (b - a))
+    weights = 4 * (a + (unique / unit - 1) * (b - a))
     activations = 4.0 * cfg.max_seq_len * cfg.d_model * cfg.n_layers
     objects, ids = LAYER_OBJECTS * cfg.n_layers, 16.0 * batch_size * cfg.max_seq_len
     needed = objects + activations + ids + (0 if dry_run and weights < 1e15 else weights)

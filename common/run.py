@@ -66,8 +66,8 @@ class RunConfig(MachineConfig):
 # The run
 
 LOGS = ("metrics.jsonl", "probes.jsonl")
-FILES = ("last.pt", "best.pt", "int8.pt", *LOGS, "samples.txt", "loss.png", "facts.jsonl", "summary.json",
-         "table.md", "effect.png", "config.json")
+FILES = ("last.pt", "best.pt", "int8.pt", "merged.pt", *LOGS, "samples.txt", "loss.png", "facts.jsonl",
+         "summary.json", "table.md", "effect.png", "config.json")
 
 
 class Run:
@@ -200,7 +200,8 @@ def differences_to(saved: dict, cfg: RunConfig, data_sha256: str, free: set[str]
     """Why `cfg`, with training tokens of this hash, cannot resume `saved`; options in `free` may differ."""
     out = cfg.differences(saved["config"], free)
     if saved["data_sha256"] != data_sha256:
-        out.append(f"data: the training tokens in {cfg.data} are not those the run began with")
+        replayed = f" or {cfg.replay_data}" if getattr(cfg, "replay", 0) else ""
+        out.append(f"data: the training tokens in {cfg.data}{replayed} are not those the run began with")
     return out
 
 

@@ -25,8 +25,9 @@ def save_figure(figure, path: str) -> None:
     write_atomically(path, lambda f: f.write(picture.getvalue()))
 
 
-def draw_losses(rows: list[dict], title: str, path: str) -> None:
-    """Training loss, raw and as a moving average, and validation loss against tokens seen."""
+def draw_losses(rows: list[dict], title: str, path: str, others=()) -> None:
+    """Training loss, raw and as a moving average, and validation loss against tokens seen; also on the texts
+    named in `others`."""
     from matplotlib.ticker import EngFormatter
     axes = new_figure(7, 4.2).subplots()
     if train := [(r["tokens"], r["train_loss"]) for r in rows if "train_loss" in r]:
@@ -39,6 +40,10 @@ def draw_losses(rows: list[dict], title: str, path: str) -> None:
         tokens, losses = zip(*val, strict=True)
         label = f"validation (best {min(losses):.3f})"
         axes.plot(tokens, losses, "o-", color="C1", markersize=3, label=label)
+    for i, name in enumerate(others):
+        if old := [(r["tokens"], r[f"val_{name}_loss"]) for r in rows if f"val_{name}_loss" in r]:
+            axes.plot(*zip(*old, strict=True), "o-", color=f"C{2 + i}", markersize=3,
+                      label=f"{name} ({old[-1][1]:.3f} at the end)")
     axes.set(xlabel="tokens seen", ylabel="loss, nats per token", title=title)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 1.5M, not 1.5 and a lonely 1e6
     axes.grid(alpha=0.3)

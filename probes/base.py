@@ -9,14 +9,13 @@ context_share as many questions about facts that only its context states). The p
 sentences; with one sentence a row the plateau lasts for thousands of steps.
 """
 import contextlib
-import copy
 import itertools
 import os
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
-from common import checkpoint, probing
+from common import checkpoint, probing, source
 from common.config import ConfigError, UserError, option_types, parse
 from common.console import StepBar, say
 from common.data import Text, Windows
@@ -168,9 +167,9 @@ def architecture(cfg: BaseConfig, meta: dict) -> BaseConfig:
         return replace(cfg, vocab_size=cfg.vocab_size or n, n_tokens=n)
     saved = checkpoint.load(cfg.base, keys=("model", "config", "tokenizer"))
     checkpoint.check_tokenizer(saved["tokenizer"], cfg.base, meta["tokenizer"], cfg.data)
-    has = {f.name: saved["config"][f.name] for f in fields(ModelConfig) if f.name in saved["config"]}
-    if has.get("pos") != "learned":
-        has.pop("max_seq_len", None)  # nothing limits it
+    has = source.architecture(saved["config"], ModelConfig)
+    if has["pos"] != "learned":
+        del has["max_seq_len"]  # nothing limits it
     if not cfg.pool and hasattr(cfg, "base_optimizer"):  # the checkpoint is the base
         has["base_optimizer"] = saved["config"].get("optimizer", cfg.base_optimizer)
     return replace(cfg, **has)
@@ -398,15 +397,11 @@ def bases_of(arms: list, needed: list[int], text: Text, worlds: list[World], run
 def load_base(cfg, base: dict, dist: Dist, carry: bool):
     """(model, optimizer) of a base's checkpoint, for a probe's config. `carry`: with the optimiser state of
     the base, but the probe's rates."""
-    names = {f.name for f in fields(ModelConfig)}
-    model = LM(ModelConfig(**{k: v for k, v in base["config"].items() if k in names})).to(dist.device)
+    model = LM(ModelConfig(**source.architecture(base["config"], ModelConfig))).to(dist.device)
     checkpoint.load_weights(model, base["model"], "the base")
     optimizer = make_optimizer(model, replace(cfg, beta2=cfg.probe_beta2))
     if carry:
-        own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        optimizer.load_state_dict(copy.deepcopy(base["optimizer"]))
-        for group, settings in zip(optimizer.param_groups, own, strict=True):
-            group.update(settings)
+        source.load_moments(optimizer, base["optimizer"])
     return model, optimizer
 
 

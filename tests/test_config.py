@@ -155,8 +155,8 @@ def reads(source: str, classes: set[str], configs=("cfg", "self.cfg")) -> set[st
     found = set()
 
     def visit(node, in_config=False):
-        if isinstance(node, ast.FunctionDef) and node.name in ("problems", "contradictions",
-                                                                 "differences"):
+        if isinstance(node, ast.FunctionDef) and (node.name.endswith("problems") or node.name in (
+                "contradictions", "differences")):
             return
         in_config = node.name in classes if isinstance(node, ast.ClassDef) else in_config
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
