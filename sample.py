@@ -5,23 +5,32 @@
     python sample.py out/demo --prompt_file=prompts.txt                  # one prompt per line; - = stdin
     python sample.py out/demo --interactive                              # type prompts; Ctrl-D ends
     python sample.py out/mini3 out/mini6 --prompt="The king" --top_tokens=5   # next-token tables side by side
+    python sample.py out/demo --write=data/self --temperature=1 --top_k=0     # sampled text, to train on
 
 A run folder stands for its best.pt. It holds the tokenizer too, so a copy of it on another machine is enough.
 """
+import itertools
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 from common import distributed, tokenizer
 from common.checkpoint import check_tokenizer
 from common.config import UserError, launch
 from common.console import say
+from common.files import write_json
 from common.run import MachineConfig
+from common.splits import Piece
 from common.stream import StreamDecoder
+from common.token_files import SplitWriter, clean_up, new_folder
 from model import load_model
 
+import numpy as np
 import torch
+from tqdm import tqdm
+
+ROWS = 64  # documents sampled at once
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -37,6 +46,8 @@ class SampleConfig(MachineConfig):
     prompt_file: str = ""  # a file with one prompt per line; - = stdin
     interactive: bool = False  # read prompts from the terminal
     top_tokens: int = 0  # print this many most probable next tokens; 0 = continue the prompt
+    write: str = ""  # write sampled documents to this token folder, as text for train.py --replay_data
+    write_tokens: int = 1_000_000  # how many tokens of it
     # how
     max_new_tokens: int = 200  # length of a continuation, unless the document ends first
     num_samples: int = 1  # continuations of each prompt
@@ -51,13 +62,18 @@ class SampleConfig(MachineConfig):
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "num_samples") + self.at_least(
-            0, "top_tokens", "max_new_tokens", "temperature", "top_k", "seed")
+            0, "top_tokens", "write_tokens", "max_new_tokens", "temperature", "top_k", "seed")
         if not 0 < self.top_p <= 1:
             out.append(f"top_p must be in (0, 1], got {self.top_p}")
         if self.repetition_penalty <= 0:
             out.append(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if bool(self.prompt) + bool(self.prompt_file) + self.interactive > 1:
             out.append("use one of prompt, prompt_file and interactive")
+        if self.write and (self.prompt or self.prompt_file or self.interactive or self.top_tokens):
+            out.append("write samples whole documents: it goes without prompt, prompt_file, interactive and "
+                       "top_tokens")
+        if self.write and len(self.checkpoints) > 1:
+            out.append(f"write takes one checkpoint, got {len(self.checkpoints)}")
         return out
 
 
@@ -105,6 +121,38 @@ def print_table(prompt: str, columns: dict[str, list[tuple[str, float]]]) -> Non
         print(f"{rank:>2}  " + "".join(f"{p:7.2%}  {token!r:<{width - 9}}" for token, p in row))
 
 
+def write_documents(path: str, model, tok, cfg: SampleConfig, generator) -> dict:
+    """Write sampled documents of up to max_seq_len tokens as the training split of the folder cfg.write;
+    returns its counts. Ids are kept as sampled."""
+    if os.path.exists(cfg.write):
+        raise UserError(f"{cfg.write} already exists; remove it, or choose another --write=FOLDER")
+    clean_up(cfg.write)
+    start = torch.full((ROWS, 1), tok.eot, device=next(model.parameters()).device)  # (ROWS, 1)
+    with new_folder(cfg.write, False) as tmp, tqdm(total=cfg.write_tokens, unit="token", disable=None) as bar:
+        writer = SplitWriter(tmp, "train", tok, cfg.write_tokens)
+        while writer.tokens < cfg.write_tokens and not writer.full:
+            rows = torch.cat(list(model.generate(
+                start, model.cfg.max_seq_len - 1, cfg.temperature, cfg.top_k, cfg.top_p,
+                cfg.repetition_penalty, generator=generator, compile=cfg.compile == "true")), dim=1)
+            for row in rows.tolist():  # of (ROWS, T - 1)
+                for ends, ids in itertools.groupby(row, lambda i: i == tok.eot):
+                    if not ends:
+                        text = tok.decode(ids := list(ids))
+                        writer.add(Piece("train", True, text, text.encode()), np.array(ids))
+            if not writer.tokens:
+                raise UserError(f"{path} samples no text, only the end of the document")
+            bar.update(writer.tokens - bar.n)
+        counts = writer.finish()
+        tok.save(tmp)
+        write_json(os.path.join(tmp, "meta.json"), {
+            "name": os.path.basename(cfg.write), "source": path, "dtype": writer.dtype.name,
+            "tokenizer": {k: getattr(tok, k) for k in ("name", "fingerprint", "vocab_size", "eot")},
+            "splits": {"train": counts}, "settings": asdict(cfg)})
+    print(f"{cfg.write}: {counts['tokens']:,} tokens in {counts['documents']:,} documents of {path}\n"
+          f"next:  python train.py --init_from={path} --data=NEW --replay=0.05 --replay_data={cfg.write}")
+    return counts
+
+
 def read_prompts(cfg: SampleConfig):
     """Yield prompts one by one from the flags, a file, stdin or the terminal."""
     if cfg.prompt_file not in ("", "-") and not os.path.isfile(cfg.prompt_file):
@@ -130,11 +178,13 @@ def read_prompts(cfg: SampleConfig):
 
 def main(cfg: SampleConfig) -> dict:
     """Print and return {prompt: {checkpoint: [text, ...]}}, or with top_tokens {prompt: {checkpoint:
-    [(token, probability), ...]}}."""
+    [(token, probability), ...]}}; with write {checkpoint: counts}."""
     device = distributed.setup(cfg.device).device
     dtype, _ = distributed.choose_dtype(cfg.dtype, device)
     models = {path: load(path, cfg.tokenizer_from, device, dtype) for path in cfg.checkpoints}
     generator = torch.Generator(device).manual_seed(cfg.seed)
+    if cfg.write:
+        return {path: write_documents(path, *both, cfg, generator) for path, both in models.items()}
     results = {}
     for prompt in read_prompts(cfg):
         found = results[prompt] = {path: [] for path in models}

@@ -5,6 +5,7 @@
     python sweep.py config/demo.py --arm=activation=gelu --arm="optimizer=sgd lr=0.1" --arm=dropout=0.1
     python sweep.py config/mini3.py --max_steps=500 --arm="config/mini7.py max_steps=500"  # a whole config
     python sweep.py config/demo.py --arm=qk_norm --jobs=2 --dry_run            # what it would run
+    python sweep.py config/continual.py --arm=replay=0.05 --metric=shakespeare_forgotten --against=loss
 
 Every option of the script (train.py, or --script) works here and holds for all runs. An arm is options on top
 of those, or a config file, whose options win; what each arm changes is printed first. The arm `base` changes
@@ -14,7 +15,8 @@ the same seed, all arms see the same data in the same order, so differences are 
 
 Ctrl-C and SIGTERM make the running runs save and stop (kill -9 leaves them running). The same command
 continues: it reads finished runs, continues unfinished ones and refuses runs with other settings. Arms and
-seeds can be added later. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png and the logs.
+seeds can be added later. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png (with --against, against.png
+too) and the logs.
 """
 import importlib
 import itertools
@@ -59,6 +61,7 @@ class SweepOptions(Config):
     seeds: int = 3  # runs per arm, with seeds seed, seed + 1, ...
     jobs: int = 1  # runs at a time; they share cores, memory (set micro_batch_size) and GPUs
     metric: str = "loss"  # the result to compare: loss, bits_per_byte or another number that runs report
+    against: str = ""  # a second result: also draw the metric against it, a dot per run
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "seeds", "jobs")
@@ -237,6 +240,7 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
     for arm in arms:
         rows = {r.seed: r.row for r in runs if r.arm is arm and r.row}
         scores = {seed: score_of(row, cfg.metric) for seed, row in rows.items()}
+        against = {seed: score_of(row, cfg.against) for seed, row in rows.items()} if cfg.against else {}
         base = results[0]["scores"] if results else {}
         seeds = [s for s in scores if s in base]
         effect = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds])
@@ -247,7 +251,7 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
         results.append({
             "arm": arm.text, "changes": arm.changes, **means, "seconds": seconds,
             "tokens_per_second": means["tokens"] / max(seconds, 1e-9), "metric": cfg.metric, "scores": scores,
-            "mean": statistics.fmean(scores.values() or [math.nan]),
+            "against": against, "mean": statistics.fmean(scores.values() or [math.nan]),
             "sd": statistics.stdev(scores.values()) if len(scores) > 1 else math.nan,
             "differences": {s: scores[s] - base[s] for s in seeds}, "difference": effect.mean,
             "low": effect.low, "high": effect.high, "p": effect.p,
@@ -268,6 +272,9 @@ def table(cfg: SweepConfig, results: list[dict]) -> str:
                    *(r[key] for key in ("mean", "sd", "difference", "low", "high", "p", "p_holm"))]
         lines.append([r["arm"], *(format(x, form) if math.isfinite(x) else ""
                                   for x, form in zip(numbers, forms, strict=True))])
+    if cfg.against:
+        means = [f"{statistics.fmean(r['against'].values() or [math.nan]):.4f}" for r in results]
+        lines = [[*line, cell] for line, cell in zip(lines, [cfg.against, *means], strict=True)]
     return grid(lines)
 
 
@@ -318,6 +325,19 @@ def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> N
     save_figure(axes.figure, path)
 
 
+def draw_against(cfg: SweepConfig, results: list[dict], path: str) -> None:
+    """Plot the metric against cfg.against: a colour per arm, a dot per seed, a cross for the mean."""
+    axes = new_figure(7, 4.8).subplots()
+    for i, r in enumerate(r for r in results if r["scores"]):
+        xs, ys = [r["against"][s] for s in r["scores"]], list(r["scores"].values())
+        axes.plot(xs, ys, "o", color=f"C{i}", markersize=4, alpha=0.6)
+        axes.plot([statistics.fmean(xs)], [statistics.fmean(ys)], "x", color=f"C{i}", label=r["arm"])
+    axes.set(xlabel=cfg.against, ylabel=cfg.metric, title=f"{cfg.name}; dots: seeds, crosses: means")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(axes.figure, path)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Main
 
@@ -357,7 +377,9 @@ def report(cfg: SweepConfig, arms: list[Arm], runs: list[Run], folder: str) -> d
     write_text(os.path.join(folder, "results.jsonl"), rows)
     if any(r["differences"] for r in results):
         draw(cfg, arms, results, os.path.join(folder, "sweep.png"))
-    say(f"\n{text}in {folder}: table.md, results.jsonl, sweep.png")
+    if cfg.against and any(r["scores"] for r in results):
+        draw_against(cfg, results, os.path.join(folder, "against.png"))
+    say(f"\n{text}in {folder}: table.md, results.jsonl, sweep.png" + ", against.png" * bool(cfg.against))
     if failed := "".join(f"\n  {r.name}: {r.error}" for r in runs if r.error):
         raise UserError(f"these runs failed; the same command tries them again{failed}")
     done = [r.row for r in runs]

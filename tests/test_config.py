@@ -261,7 +261,8 @@ def test_help_exits_with_0(capsys):
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
 def test_every_config_loads_and_says_what_it_asks(path):
     kinds = {"probe": memory_probe.ProbeConfig, "loop": loop_train.LoopConfig,
-             "steer": optimizer_probe.SteerConfig, "rates": optimizer_probe.SteerConfig}
+             "steer": optimizer_probe.SteerConfig, "rates": optimizer_probe.SteerConfig,
+             "sweep": sweep.SweepConfig}
     cls = kinds.get(path.stem.split("_")[0], train.TrainConfig)
     assert load(cls, [str(path)]).name == path.stem
     head = path.read_text().splitlines()[:4]

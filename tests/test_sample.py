@@ -8,7 +8,7 @@ import sys
 
 import sample
 import train
-from common import checkpoint, tokenizer
+from common import checkpoint, data, tokenizer
 from common.config import ConfigError, UserError
 from model import load_model
 from sample import SampleConfig
@@ -104,3 +104,25 @@ def test_a_run_folder_is_enough_on_another_machine(trained, tmp_path):
     done = subprocess.run([sys.executable, script, str(folder), *flags], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0 and f"--- {folder}\nThe " in done.stdout, done.stderr
+
+
+def test_sampled_text_is_written_as_tokens_to_train_on(trained, bpe_corpus, tmp_path):
+    folder = str(tmp_path / "self")
+    options = {"write": folder, "write_tokens": 3000, "temperature": 1.0, "top_k": 0}
+    counts, = sample.main(cfg(trained, "two", **options)).values()
+    meta = data.read_meta(folder)
+    ids, tok = data.open_tokens(folder, "train", meta), tokenizer.load(folder)
+    assert 2900 < len(ids) == counts["tokens"] <= 3000 and ids[0] == tok.eot
+    assert meta["tokenizer"] == data.read_meta(bpe_corpus)["tokenizer"]
+    model, _ = load_model(f"{trained}/two")
+    new = model.generate(torch.full((sample.ROWS, 1), tok.eot), 63,
+                         generator=torch.Generator().manual_seed(1))
+    row = [int(t[0]) for t in new]
+    assert ids[1:64].tolist() == row or tok.eot in row
+    with pytest.raises(UserError, match="already exists"):
+        sample.main(cfg(trained, "two", **options))
+    with pytest.raises(ConfigError, match="(?s)goes without prompt.*one checkpoint, got 2"):
+        cfg(trained, "one", "two", **options, top_tokens=3)
+    assert train.main(train.TrainConfig(
+        data=bpe_corpus, init_from=f"{trained}/two", out_dir=str(tmp_path), replay=0.2, replay_data=folder,
+        max_steps=2, batch_size=8, device="cpu"))["status"] == "finished"

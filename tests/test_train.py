@@ -498,7 +498,7 @@ MINE = sorted(p for p in Path("config").glob("[a-z]*.py")
 def test_every_config_takes_two_steps(path, corpus, tmp_path):
     cfg = load(train.TrainConfig, [
         str(path), f"--data={corpus}", f"--out_dir={tmp_path}", "--batch_size=2", "--max_seq_len=16",
-        "--max_steps=2", "--device=cpu", "--train_tokens=0", "--eval_lens="])
+        "--max_steps=2", "--device=cpu", "--train_tokens=0", "--eval_lens=", "--init_from="])
     job = started(cfg)
     before = [p.detach().clone() for p in job.model.parameters()]
     for n in range(2):  # with zero_init, what feeds a matrix of zeros moves only in the second
