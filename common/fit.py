@@ -76,6 +76,7 @@ class Needs:
         self.gradients = sum(p.numel() * 4 for p in self.model.parameters() if p.requires_grad)
         self.states = self.gradients * states_of(cfg)
         self.head = self.model.head.weight.numel() * 4
+        self.head_trains = self.model.head.weight.requires_grad
         self.logits = length * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
         self.base, self.slack = 0.0, 1.0
         if device.type == "cpu":  # the whole process; measured: libraries, heap fragmentation
@@ -84,9 +85,10 @@ class Needs:
     def peak(self, sequences: int, world: int) -> float:
         """With accumulation, tbptt or several processes, gradients already exist during a forward pass."""
         gradients_stay = world > 1 or sequences * world < self.cfg.batch_size or self.cfg.tbptt
-        loss = min(sequences * self.logits, head_loss.CHUNK_BYTES) + 2 * self.head
+        loss = min(sequences * self.logits, head_loss.CHUNK_BYTES) + (1 + self.head_trains) * self.head
         forward = self.fixed + sequences * self.per_sequence + loss + bool(gradients_stay) * self.gradients
-        backward = self.gradients + 2 * self.head  # gradients, and the two summed for a tied embedding
+        # gradients, and the two summed for a tied embedding
+        backward = self.gradients + self.head_trains * 2 * self.head
         return self.base + self.slack * (self.parameters + self.states + max(forward, backward))
 
     def evaluated_at_once(self, sequences: int) -> int:

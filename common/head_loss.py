@@ -72,7 +72,8 @@ class ChunkedLoss(torch.autograd.Function):
             buffer = w.new_empty(R, V)
             losses = torch.empty(N, device=x.device)
             dx = torch.empty_like(x) if grad else None
-            dw = torch.zeros(w.size(1), V, device=x.device) if grad else None  # (C or C + 1, V), float32
+            learns = grad and any(ctx.needs_input_grad[2:4])  # not so under LoRA
+            dw = torch.zeros(w.size(1), V, device=x.device) if learns else None  # (C or C + 1, V), float32
             for start in range(0, N, R):
                 rows = inputs[start:start + R]  # (R, C or C + 1)
                 logits = torch.mm(rows, w.t(), out=buffer[:len(rows)])  # (R, V)
@@ -82,6 +83,7 @@ class ChunkedLoss(torch.autograd.Function):
                 if grad:
                     factor = row_weights[start:start + R, None]  # (R, 1)
                     dx[start:start + R] = (logits @ w[:, :C]) * factor
+                if learns:
                     # a mean within the chunk: a sum over many rows may exceed fp16's 65,504
                     dw.add_((rows * (factor / R)).to(dtype).t().contiguous() @ logits, alpha=R)
             total = torch.dot(losses, row_weights)
@@ -94,6 +96,8 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
+        if dw is None:
+            return None, dx * scale, None, None, None, None, None
         dw.mul_(scale)  # in place, so autograd refuses a second backward
         C = dx.size(1)
         dweight = dw[:C].t().contiguous().to(ctx.weight)  # (V, C)

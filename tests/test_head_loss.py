@@ -211,10 +211,20 @@ def test_without_gradients_none_are_made(mode):
 
 def test_a_second_backward_is_refused():
     x, weight, bias, targets = inputs(20, 8, 97)
-    loss = cross_entropy(x.requires_grad_(), weight, bias, targets)
+    loss = cross_entropy(x.requires_grad_(), weight.requires_grad_(), bias, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_frozen_head_passes_the_same_gradient_on():
+    x, weight, bias, targets = inputs(20, 8, 97)
+    grads = []
+    for w in (weight.clone().requires_grad_(), weight):
+        y = x.clone().requires_grad_()
+        cross_entropy(y, w, bias, targets).backward()
+        grads.append(y.grad)
+    assert torch.equal(*grads) and weight.grad is None
 
 
 # ------------------------------------------------------------------------------------------------------------
