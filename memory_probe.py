@@ -87,7 +87,7 @@ class ProbeConfig(ProbeOptions):
     spread: int = 64  # steps over which exposures are spread
     share: float = 0.25  # mixed: share of each batch that holds facts
     cohorts: int = 6  # continual: how many groups are written, `spread` steps apart
-    method: Literal["none", "replay", "ewc", "rows"] = "none"  # continual: none | replay | ewc | rows
+    method: Literal["none", "replay", "ewc", "rows"] = "none"  # none | rows; continual: replay | ewc
     replay_share: float = 0.1  # replay: share of each batch that repeats facts written before
     ewc_lambda: float = 100.0  # ewc: weight of the penalty (lambda / 2) F (p - p_before)^2
     keep_pool: bool = False  # keep the pool's rows in the background: the form of facts is not forgotten
@@ -149,12 +149,15 @@ class ProbeConfig(ProbeOptions):
         if name == "trace":
             out += self.at_least(self.max_seq_len + 1, "stretch")
             out += self.at_least(2 * self.max_seq_len, "reach")
-        if name == "artefacts" and (self.arm or {self.optimizer, self.base_optimizer} != {"adamw"}
+        if name == "artefacts" and (self.arm or self.lora_rank or {self.optimizer, self.base_optimizer} != {"adamw"}
                                     or not self.pool):
             out.append("experiment=artefacts shows its set-ups on one base by adamw with a pool, without "
                        "arms")
-        if self.method != "none" and name != "continual":
+        if self.method != "none" and name != "continual" and (self.method != "rows" or name in OTHERS):
             out.append(f"method={self.method} is for --experiment=continual")
+        if self.lora_rank and self.method in ("ewc", "rows"):
+            out.append(f"method={self.method} is about weights that lora_rank={self.lora_rank} freezes; use "
+                       "one of the two")
         if self.power and name in OTHERS:
             out.append(f"power is for experiments with exposures, not {name}; its words say what was "
                        "detectable")

@@ -101,12 +101,8 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
             out.append(f"replay={self.replay} needs the folder of the old text: set replay_data")
         if len(set(names)) < len(names):
             out.append(f"eval_data has two folders of one name, by which their losses are called: {names}")
-        if self.lora_rank and not self.lora_alpha > 0:
-            out.append(f"lora_alpha must be above 0, got {self.lora_alpha}")
         if self.lora_rank and self.carry_optimizer:
             out.append("carry_optimizer: LoRA's matrices are new and have no moments; use one of the two")
-        if self.lora_rank and (self.embed_lr or self.head_lr or self.scalar_lr):
-            out.append("embed_lr, head_lr and scalar_lr have no use: lora_rank trains matrices alone")
         if self.lora_merge and not self.lora_rank:
             out.append("lora_merge has nothing to merge: lora_rank is 0")
         return out
@@ -126,11 +122,7 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
         if self.pos == "learned" and any(n > self.max_seq_len for n in self.eval_lens):
             out.append(f"eval_lens={self.eval_lens} goes past the learned positions, which end at "
                        f"max_seq_len={self.max_seq_len}; use pos=rope or pos=none")
-        if self.lora_rank and (self.n_experts or self.gated or self.mixer == "lstm"):
-            what = f"n_experts={self.n_experts}" if self.n_experts else f"mixer={self.mixer}"
-            out.append(f"lora_rank: the matrices of {what} are read by a kernel of its own, past LoRA; train "
-                       "everything")
-        return out
+        return out + lora.problems(self)
 
     def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
         free = self.may_change() if free is None else free

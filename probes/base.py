@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal
 
-from common import checkpoint, probing, source
+from common import checkpoint, lora, probing, source
 from common.config import ConfigError, UserError, option_types, parse
 from common.console import StepBar, say
 from common.data import Text, Windows
@@ -99,6 +99,8 @@ class ProbeOptions(BaseConfig):
     bound: float = 0.1  # nats below which an effect counts as none
     # probe's optimiser (the base has its own)
     state: Literal["carry", "fresh"] = "carry"  # carry the base's state where the optimiser is the same
+    lora_rank: int = 0  # the probe trains low-rank changes (LoRA) of the trunk's matrices alone; 0 = all
+    lora_alpha: float = 16.0  # LoRA's changes are scaled by lora_alpha / lora_rank
     beta2_tokens: int = 0  # tokens in which Adam's second moment halves; 0 = as beta2 says
     base_optimizer: Literal[tuple(OPTIMIZERS)] = "adamw"  # adamw | muon | sgd
     base_lr: float = 2e-3  # peak learning rate of the base
@@ -107,7 +109,8 @@ class ProbeOptions(BaseConfig):
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "seeds") + self.at_most_counts(("seeds",))
-        out += self.at_least(0, "beta2_tokens", "base_lr", "base_seed", "base_batch_size")
+        out += self.at_least(0, "beta2_tokens", "base_lr", "base_seed", "base_batch_size", "lora_rank")
+        out += lora.problems(self)
         if not self.bound > 0:
             out.append(f"bound must be above 0, got {self.bound}")
         if len({"", *self.arm}) <= len(self.arm):
@@ -399,6 +402,9 @@ def load_base(cfg, base: dict, dist: Dist, carry: bool):
     the base, but the probe's rates."""
     model = LM(ModelConfig(**source.architecture(base["config"], ModelConfig))).to(dist.device)
     checkpoint.load_weights(model, base["model"], "the base")
+    if cfg.lora_rank:
+        torch.manual_seed(cfg.seed)
+        lora.wrap(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = make_optimizer(model, replace(cfg, beta2=cfg.probe_beta2))
     if carry:
         source.load_moments(optimizer, base["optimizer"])
@@ -406,8 +412,8 @@ def load_base(cfg, base: dict, dist: Dist, carry: bool):
 
 
 def carries(cfg) -> bool:
-    """Whether the probe goes on with the optimiser state of the base."""
-    return cfg.state == "carry" and cfg.optimizer == cfg.base_optimizer
+    """Whether the probe goes on with the optimiser state of the base. LoRA's matrices have none there."""
+    return cfg.state == "carry" and cfg.optimizer == cfg.base_optimizer and not cfg.lora_rank
 
 
 @contextlib.contextmanager

@@ -24,11 +24,11 @@ def sketch(tensors) -> list[float]:
 
 def gradients(model, loops: Loops, device) -> list[list[float]]:
     """Sketches (K, SIZE) of the gradient of the loss on each loop's text, in fp32, without dropout."""
-    training, out = model.training, []
+    trained, training, out = [p for p in model.parameters() if p.requires_grad], model.training, []
     model.eval()
     for x, y in zip(*text_of(loops, device), strict=True):  # (rows, T) each
-        found = torch.autograd.grad(model(x, y)[0], list(model.parameters()), allow_unused=True)
+        found = torch.autograd.grad(model(x, y)[0], trained, allow_unused=True)
         out.append(sketch(torch.zeros_like(p) if g is None else g
-                          for g, p in zip(found, model.parameters(), strict=True)))
+                          for g, p in zip(found, trained, strict=True)))
     model.train(training)
     return out
