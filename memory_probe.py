@@ -149,10 +149,10 @@ class ProbeConfig(ProbeOptions):
         if name == "trace":
             out += self.at_least(self.max_seq_len + 1, "stretch")
             out += self.at_least(2 * self.max_seq_len, "reach")
-        if name == "artefacts" and (self.arm or self.lora_rank or {self.optimizer, self.base_optimizer} != {"adamw"}
-                                    or not self.pool):
+        if name == "artefacts" and (self.arm or self.lora_rank or not self.pool
+                                    or {self.optimizer, self.base_optimizer} != {"adamw"}):
             out.append("experiment=artefacts shows its set-ups on one base by adamw with a pool, without "
-                       "arms")
+                       "arms or LoRA")
         if self.method != "none" and name != "continual" and (self.method != "rows" or name in OTHERS):
             out.append(f"method={self.method} is for --experiment=continual")
         if self.lora_rank and self.method in ("ewc", "rows"):

@@ -91,7 +91,7 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
         return out + self.continuation_problems() + (self.architecture_problems() if known else [])
 
     def continuation_problems(self) -> list[str]:
-        out, names = [], [text_name(f) for f in self.eval_data]
+        out, names = lora.option_problems(self), [text_name(f) for f in self.eval_data]
         if not self.init_from:
             out += [f"{key} needs a trained model: set init_from" for key in ("carry_optimizer", "lora_rank")
                     if getattr(self, key)]
@@ -122,7 +122,7 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
         if self.pos == "learned" and any(n > self.max_seq_len for n in self.eval_lens):
             out.append(f"eval_lens={self.eval_lens} goes past the learned positions, which end at "
                        f"max_seq_len={self.max_seq_len}; use pos=rope or pos=none")
-        return out + lora.problems(self)
+        return out + lora.model_problems(self)
 
     def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
         free = self.may_change() if free is None else free

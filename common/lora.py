@@ -33,18 +33,22 @@ class LoraLinear(Linear):
         return super().forward(x) + self.lora_scale.to(change.dtype) * change
 
 
-def problems(cfg) -> list[str]:
-    """What is wrong with lora_rank and lora_alpha of a config that has them, or with their model."""
+def option_problems(cfg) -> list[str]:
+    """What contradicts cfg.lora_rank, whatever the model."""
     if not cfg.lora_rank:
         return []
     out = [f"lora_alpha must be above 0, got {cfg.lora_alpha}"] if not cfg.lora_alpha > 0 else []
-    if cfg.n_experts or cfg.gated or cfg.mixer == "lstm":
-        what = f"n_experts={cfg.n_experts}" if cfg.n_experts else f"mixer={cfg.mixer}"
-        out.append(f"lora_rank: the matrices of {what} are read by a kernel of its own, past LoRA; train "
-                   "everything")
     if cfg.embed_lr or cfg.head_lr or cfg.scalar_lr:
         out.append("embed_lr, head_lr and scalar_lr have no use: lora_rank trains matrices alone")
     return out
+
+
+def model_problems(cfg) -> list[str]:
+    """What about the model contradicts cfg.lora_rank."""
+    if not cfg.lora_rank or not (cfg.n_experts or cfg.gated or cfg.mixer == "lstm"):
+        return []
+    what = f"n_experts={cfg.n_experts}" if cfg.n_experts else f"mixer={cfg.mixer}"
+    return [f"lora_rank: the matrices of {what} are read by a kernel of its own, past LoRA; train everything"]
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class ProbeOptions(BaseConfig):
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "seeds") + self.at_most_counts(("seeds",))
         out += self.at_least(0, "beta2_tokens", "base_lr", "base_seed", "base_batch_size", "lora_rank")
-        out += lora.problems(self)
+        out += lora.option_problems(self) + lora.model_problems(self)
         if not self.bound > 0:
             out.append(f"bound must be above 0, got {self.bound}")
         if len({"", *self.arm}) <= len(self.arm):

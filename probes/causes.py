@@ -74,7 +74,7 @@ def shaken(r: Record, loops: Loops) -> np.ndarray | None:
 def free_lunch(r: Record, loops: Loops) -> np.ndarray | None:
     """What the own facts that were not relearnt gain when the other half is."""
     taught = {id(f) for f, _ in loops.lessons}
-    use = [f.group.startswith("own") and id(f) not in taught for f in loops.written]
+    use = [loops.is_own(f) and id(f) not in taught for f in loops.written]
     return r.again[use] if r.again is not None and any(use) else None
 
 
@@ -188,7 +188,7 @@ def outcomes(r: Record, loops: Loops) -> dict[str, np.ndarray]:
     cfg, out = loops.cfg, {}
     gains, groups = r.facts - r.facts[0], np.array([f.group for f in loops.written])
     old = np.array([f.group not in ("new", "") for f in loops.written], dtype=bool)
-    where = np.array([f.loop for f in loops.written])
+    where = np.array([f.loop if loops.is_own(f) else -1 for f in loops.written])
     if loops.shares:
         new, end = groups == "new", cfg.new_at + cfg.segment
         at = [int(np.argmin(abs(r.steps - s))) for s in (end, cfg.new_at + 20)]
@@ -197,7 +197,7 @@ def outcomes(r: Record, loops: Loops) -> dict[str, np.ndarray]:
                 "old facts, after 20 steps of the new loop": gains[at[1], old],
                 "old facts, at the end": gains[-1, old]}
     ending = (r.steps >= (cfg.cycles - 1) * cfg.cycle) & (r.steps <= cfg.cycles * cfg.cycle)
-    if any(f.group.startswith("own") for f in loops.written):
+    if (where >= 0).any():
         ends = [gains[r.since[:, k] == 0][:, where == k] for k in range(cfg.loops)]
         ends = [z.mean(axis=0) for z in ends if len(z)]  # some loops may never come
         if ends:

@@ -129,7 +129,7 @@ def arriving(r: Record, cfg) -> dict[int, float]:
 
 def fading(r: Record, loops: Loops) -> tuple[np.ndarray, np.ndarray] | None:
     """(steps since the end of the writing, mean gain of own facts then); None without own facts."""
-    own = np.array([f.group.startswith("own") for f in loops.written], dtype=bool)
+    own = np.array([loops.is_own(f) for f in loops.written], dtype=bool)
     after = r.steps >= loops.cfg.cycles * loops.cfg.cycle
     if loops.shares or not own.any():
         return None

@@ -35,13 +35,18 @@ class Loops:
         self.asks = {g * cfg.segment + o for g in range(len(self.order)) for o in offsets} | {self.length}
         last = (cfg.cycles - 1) * cfg.loops
         self.cues = {(last + i) * cfg.segment for i in range(cfg.loops)} if self.questions else set()
+        self.told = {id(f) for _, f in self.log}  # the facts of a loop that never comes are not written
         self.lessons = [(f, f.order[0]) for i, f in enumerate(self.written)
-                        if f.group.startswith("own") and i % 2 == 0]
+                        if self.is_own(f) and i % 2 == 0]
         self.last_ask = self.length + bool(self.lessons)
 
     @property
     def facts(self) -> list[Fact]:
         return [*self.questions, *self.written, *self.controls]
+
+    def is_own(self, fact: Fact) -> bool:
+        """Whether it is one loop's own and was written."""
+        return fact.group.startswith("own") and id(fact) in self.told
 
     def plan(self) -> None:
         """Fill in what is written when: `exposures` times in a segment, at the fact's phase."""
