@@ -164,9 +164,18 @@ def principal(ways: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return u[:, :2] * s[:2], s[:2] ** 2 / max(float((s ** 2).sum()), 1e-30)
 
 
+def without_drift(path: np.ndarray, cycle: int) -> np.ndarray:
+    """A path (M, SIZE) minus its mean over the cycle around each point, (M - cycle + 1, SIZE): what is left
+    is what each loop undoes. Any steady drift looks like an arc along its principal axes."""
+    sums = np.cumsum(np.vstack([np.zeros_like(path[:1]), path]), axis=0)
+    mean, first = (sums[cycle:] - sums[:-cycle]) / cycle, (cycle - 1) // 2
+    return path[first:first + len(mean)] - mean
+
+
 def draw_weights(arms: dict, plans: dict, records: dict, path: str) -> None:
     """For each arm, from sketches of its first seed: cosines between the loops' gradients at the end of the
-    writing, between what segments changed, between ways from the start; and the path along two axes."""
+    writing, between what segments changed, between ways from the start; and the path without its drift along
+    two axes."""
     drawn = [label for label in arms if len(next(iter(records[label].values())).weights) > 2]
     if not drawn:  # logged by an earlier version
         return
@@ -188,12 +197,15 @@ def draw_weights(arms: dict, plans: dict, records: dict, path: str) -> None:
                 figure.colorbar(shown, ax=panel, label="cosine")
             panel.set(xlabel=x, ylabel="gradient of loop" if x == "loop" else y)
         column[0].set_title(f"{label}, seed {seed}")
-        path_of, shares = principal(np.vstack([np.zeros_like(ways[:1]), ways]))
-        of = [loops.loop_at(s - 1) for s in steps[1:]]
-        column[3].plot(*path_of.T, color="grey", linewidth=0.7)
-        dots = column[3].scatter(*path_of[1:].T, c=of, cmap="viridis", s=14, zorder=2)
+        K, path_of = loops.cfg.loops, np.vstack([np.zeros_like(ways[:1]), ways])
+        if len(path_of) < 2 * K:
+            continue
+        along, shares = principal(without_drift(path_of, K))
+        after = [loops.loop_at(max(0, s - 1)) for s in steps][(K - 1) // 2:][:len(along)]
+        column[3].plot(*along.T, color="grey", linewidth=0.5)
+        dots = column[3].scatter(*along.T, c=after, cmap="viridis", s=14, zorder=2)
         figure.colorbar(dots, ax=column[3], label="after loop")
-        column[3].set(xlabel=f"first axis, {shares[0]:.0%} of the variance",
+        column[3].set(xlabel=f"path without drift: first axis, {shares[0]:.0%}",
                       ylabel=f"second axis, {shares[1]:.0%}")
     save_figure(figure, path)
 

@@ -253,6 +253,10 @@ def test_a_path_in_a_plane_has_two_axes():
     found, shares = loop_figures.principal(path @ plane)
     assert abs(shares.sum() - 1) < 1e-9 and shares[0] > shares[1]
     assert np.allclose(np.abs(found[:, 0] - found[0, 0]), np.abs(path[:, 0] - path[0, 0]), atol=0.3)
+    steps = np.arange(20)
+    circle = np.stack([np.cos(2 * np.pi * steps / 5), np.sin(2 * np.pi * steps / 5)], axis=1)
+    left = loop_figures.without_drift(circle + 7 * steps[:, None], 5)  # a turn in five steps, and a drift
+    assert np.allclose(left, circle[2:18])
 
 
 def weights(cfg) -> dict:
