@@ -201,6 +201,8 @@ def model_config(config: dict, where: str) -> ModelConfig:
         flags |= window_flags(config, family, problems)
     if problems:
         raise UserError(f"{where} ({kind}) cannot be imported:\n  - " + "\n  - ".join(problems))
+    for flag, same in (("head_size", flags["d_model"] // flags["n_heads"]), ("n_kv_heads", flags["n_heads"])):
+        flags[flag] = 0 if flags.get(flag) == same else flags.get(flag, 0)
     try:
         return ModelConfig(**flags)
     except ConfigError as e:
@@ -583,10 +585,8 @@ def write_export(folder: str, model: LM, cfg: ModelConfig, kind: str, tok, origi
     write_safetensors(os.path.join(folder, "model.safetensors"), {
         name if name == head else family.prefix + name: t for name, t in tensors.items()})
     write_json(os.path.join(folder, tokenizer.FILE), library_json(tok))
-    eot = tok.decode([tok.eot])
-    write_json(os.path.join(folder, "tokenizer_config.json"), origin.get("tokenizer_config.json") or {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
-        "clean_up_tokenization_spaces": False, "model_max_length": cfg.max_seq_len})
+    write_json(os.path.join(folder, "tokenizer_config.json"),
+               origin.get("tokenizer_config.json") or tokenizer_config(tok, cfg.max_seq_len))
     generation = origin.get("generation_config.json") or {"bos_token_id": tok.eot, "eos_token_id": tok.eot}
     if cfg.n_tokens < cfg.vocab_size:  # padding rows of the vocabulary
         generation["suppress_tokens"] = list(range(cfg.n_tokens, cfg.vocab_size))
@@ -598,6 +598,12 @@ def write_export(folder: str, model: LM, cfg: ModelConfig, kind: str, tok, origi
     if cfg.pos == "rope" and origin:
         written["max_position_embeddings"] = origin[CONFIG]["max_position_embeddings"]
     write_json(os.path.join(folder, CONFIG), written)
+
+
+def tokenizer_config(tok, max_seq_len: int) -> dict:
+    eot = tok.decode([tok.eot])
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
+            "clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
 
 
 def main(cfg: PretrainedConfig) -> dict:

@@ -119,6 +119,9 @@ def main(cfg: QuantizeConfig) -> dict:
         fp32, saved = load_model(source)
         check(source, fp32, saved)
         folder = cfg.data or saved["config"]["data"]
+        if not folder:
+            raise UserError(f"{cfg.checkpoint} was trained on no data folder here: name one with --data,\n"
+                            f"made with:  python prepare_data.py ... --tokenizer_from={cfg.checkpoint}")
         meta = data.read_meta(folder)
         checkpoint.check_tokenizer(saved["tokenizer"], cfg.checkpoint, meta["tokenizer"], folder)
         tokens, split = data.open_tokens(folder, "val", meta), meta["splits"]["val"]

@@ -338,7 +338,7 @@ def train_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], mode
 def make_base(cfg: BaseConfig, text: Text, world: World, pool: list[Fact], dist: Dist, stop) -> dict | None:
     """The checkpoint of a base that knows the pool, trained here unless cached. None if asked to stop."""
     if not pool:
-        return checkpoint.load(cfg.base, keys=("model", "config", "optimizer"))
+        return checkpoint.load(cfg.base, keys=("model", "config"))
     sha256, path = text.meta["splits"]["train"]["sha256"], os.path.join(cfg.out_dir, cfg.name, "last.pt")
     if os.path.exists(path):  # without the lock: several scripts may read one base
         saved = checkpoint.load(path, keys=("model", "config", "optimizer", "progress", "data_sha256"))
@@ -406,7 +406,9 @@ def load_base(cfg, base: dict, dist: Dist, carry: bool):
         torch.manual_seed(cfg.seed)
         lora.wrap(model, cfg.lora_rank, cfg.lora_alpha)
     optimizer = make_optimizer(model, replace(cfg, beta2=cfg.probe_beta2))
-    if carry:
+    if carry and "optimizer" not in base:
+        say("the base has no optimiser state (it was imported): moments start at zero")
+    elif carry:
         source.load_moments(optimizer, base["optimizer"])
     return model, optimizer
 

@@ -1,4 +1,5 @@
 """model.py against transformers, dense masks, plain loops and the counts of the ladder."""
+import cmath
 import itertools
 import math
 import warnings
@@ -163,6 +164,80 @@ def test_flash_equals_written_out_attention(options):
                                    msg=lambda m, name=name: f"{name}: {m}")
 
 
+def written_out(model: LM, tokens):
+    """Logits (B, T, V) in plain formulas and float64: every head, query and key by itself."""
+    cfg, w = model.cfg, {name: p.double() for name, p in model.state_dict().items()}
+    D, G = cfg.head_size or cfg.d_model // cfg.n_heads, cfg.n_kv_heads or cfg.n_heads
+    act = {"gelu": lambda h: h * (1 + torch.erf(h / math.sqrt(2))) / 2, "gelu_tanh": lambda h: h / 2 * (
+        1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))}[cfg.activation]
+
+    def affine(x, name):
+        y = x @ w[name + ".weight"].T
+        return y + w[name + ".bias"] if name + ".bias" in w else y
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True) if cfg.norm == "layernorm" else x
+        y = x / (x.pow(2).mean(-1, keepdim=True) + cfg.norm_eps).sqrt() * w[name + ".weight"]
+        return y + w[name + ".bias"] if name + ".bias" in w else y
+
+    def turn(x, position):  # (D,)
+        R, x = int(D * cfg.rope_fraction), x.clone()
+        for i in range(R // 2 if cfg.pos == "rope" else 0):
+            z = torch.complex(x[i], x[i + R // 2]) * cmath.exp(1j * position * cfg.rope_theta ** (-2 * i / R))
+            x[i], x[i + R // 2] = z.real, z.imag
+        return x
+
+    def mix(x, name):  # (T, C)
+        q, k, v = affine(x, name + ".qkv").split([cfg.n_heads * D, G * D, G * D], dim=-1)
+        heads = []
+        for h in range(cfg.n_heads):
+            g = h * G // cfg.n_heads  # the key/value head it shares
+            qh, kh, vh = (m[:, i * D:(i + 1) * D] for m, i in ((q, h), (k, g), (v, g)))  # (T, D)
+            if cfg.qk_norm_weights:
+                qh, kh = norm(qh, name + ".q_norm"), norm(kh, name + ".k_norm")
+            qh, kh = (torch.stack([turn(row, t) for t, row in enumerate(m)]) for m in (qh, kh))
+            heads.append(torch.stack([(kh[:t + 1] @ qh[t] / math.sqrt(D)).softmax(0) @ vh[:t + 1]
+                                      for t in range(len(x))]))
+        return affine(torch.cat(heads, -1), name + ".proj")
+
+    rows = []
+    for row in tokens:
+        x = w["embed.weight"][row]
+        if cfg.pos == "learned":
+            x = x + w["pos_embed.weight"][cfg.pos_offset:cfg.pos_offset + len(row)]
+        for i in range(cfg.n_layers):
+            name = f"trunk.{i}"
+            mixed = x + mix(norm(x, name + ".mixer_norm"), name + ".mixer")
+            inner = norm(x if cfg.parallel_residual else mixed, name + ".ff_norm")
+            x = mixed + affine(act(affine(inner, name + ".ff.up")), name + ".ff.down")
+        rows.append(affine(norm(x, "final_norm"), "head"))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"norm_eps": 0.3}, {"norm_eps": 0.3, "norm": "rmsnorm"}, {"activation": "gelu_tanh"},
+    {"bias": False, "attn_bias": "qkv"}, {"bias": False, "attn_bias": "all"},
+    {"pos": "rope", "rope_fraction": 0.5}, {"parallel_residual": True}, {"pos_offset": 3}, {"head_size": 12},
+    {"head_size": 6, "n_kv_heads": 2, "pos": "rope"},
+    {"qk_norm": True, "qk_norm_weights": True, "norm_eps": 0.1},
+    {"qk_norm": True, "qk_norm_weights": True, "norm": "rmsnorm", "norm_eps": 0.1}])
+def test_each_flag_of_the_pretrained_families_equals_plain_formulas(options):
+    model, x = tiny(n_layers=2, **options), tokens(2, 9)
+    expected = written_out(model, x)
+    torch.testing.assert_close(model(x)[0].double(), expected, atol=1e-5, rtol=1e-5)
+    plain = tiny(n_layers=2, flash=False, **options)
+    torch.testing.assert_close(plain(x)[0].double(), expected, atol=1e-5, rtol=1e-5)
+    state = model.init_state()
+    parts = [model(part, state=state)[0] for part in x.split([4, 1, 4], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1).double(), expected, atol=1e-5, rtol=1e-5)
+    cfg = TrainConfig(**TINY | options, optimizer="muon")  # every parameter is in a group and is trained
+    model, before = tiny(**options), tiny(**options).state_dict()
+    optimizer = make_optimizer(model, cfg)
+    model(x, x)[0].backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 def test_loss_ignores_masked_targets():
     model, x, y = tiny(), tokens(), tokens(seed=2)
     y[:, ::3] = -1
@@ -321,6 +396,15 @@ def test_one_repeated_batch_is_learned_by_heart(options):
     ({"pos": "rope", "d_model": 12, "n_heads": 4}, "head size d_model/n_heads=3 is odd"),
     ({"pos": "none", "rope_theta": 5.0}, "rope_theta=5.0 is set, but pos=none"),
     ({"dropout": 1.0}, "dropout must be in"),
+    ({"attn_bias": "qkv"}, "attn_bias=qkv is set, but bias=True"),
+    ({"attn_bias": "all", "bias": False, "qkv_share": 2}, "attn_bias=all is set, but with qkv_share"),
+    ({"qk_norm_weights": True}, "qk_norm_weights is set, but qk_norm=False"),
+    ({"norm_eps": 0.0}, "norm_eps must be in"),
+    ({"rope_fraction": 0.5}, "rope_fraction=0.5 is set, but pos=learned"),
+    ({"pos": "rope", "rope_fraction": 1.5}, "rope_fraction must be in"),
+    ({"pos": "rope", "rope_fraction": 0.1}, "the part rope_fraction=0.1 of the head size .*=32 is 3"),
+    ({"pos": "rope", "pos_offset": 2}, "pos_offset=2 is set, but pos=rope"),
+    ({"mixer": "lstm", "pos": "none", "head_size": 8}, "mixer=lstm needs --head_size=0"),
     ({"activation": "swigul"}, "expected one of gelu, relu, relu2, gelu_tanh, swiglu.*did you mean 'swiglu'"),
     ({"n_layers": 0}, "n_layers must be at least 1"),
     ({"vocab_size": 10, "n_tokens": 11}, "n_tokens=11 is more than vocab_size=10"),

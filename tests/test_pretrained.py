@@ -1,18 +1,27 @@
 """pretrained.py against transformers: the same numbers in, through the cache, and out again."""
+import copy
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import prepare_data
 import pretrained
-from common import tokenizer
-from model import load_model
-from pretrained import PretrainedConfig
+import quantize
+import sample
+import train
+from common import checkpoint, tokenizer
+from common.config import UserError
+from common.weights import WeightsError, open_weights, write_safetensors
+from model import LM, ModelConfig, load_model
+from pretrained import PretrainedConfig, choose_family, config_of, model_config
 from tests.conftest import write_documents
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
          "max_position_embeddings": 64}
@@ -66,8 +75,8 @@ def folders(tmp_path_factory, text_folder):
         if name not in made:
             kind, options = MODELS[name]
             torch.manual_seed(0)
-            config = AutoConfig.for_model(kind, **options, bos_token_id=279, eos_token_id=279, pad_token_id=None)
-            model = AutoModelForCausalLM.from_config(config)
+            special = {"bos_token_id": 279, "eos_token_id": 279, "pad_token_id": None}
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **options, **special))
             for p in model.parameters():
                 p.data += 0.2 * torch.randn_like(p)
             model.save_pretrained(root / name)
@@ -79,7 +88,12 @@ def folders(tmp_path_factory, text_folder):
 
 
 def imported(folder, tmp_path, **options) -> str:
-    return pretrained.main(PretrainedConfig(source=folder, out_dir=str(tmp_path), name="run", **options))["folder"]
+    cfg = PretrainedConfig(source=folder, **{"out_dir": str(tmp_path), "name": "run"} | options)
+    return pretrained.main(cfg)["folder"]
+
+
+def exported(run, tmp_path, name="out") -> str:
+    return pretrained.main(PretrainedConfig(source=run, export=str(tmp_path / name)))["folder"]
 
 
 def ids(batch=2, length=30, seed=1):
@@ -118,6 +132,268 @@ def test_the_same_numbers_in_and_the_same_bits_out(name, folders, tmp_path):
     with torch.no_grad():
         assert torch.equal(again(x).logits, expected)
     was, now = (AutoConfig.from_pretrained(f).to_dict() for f in (folder, out))
-    extra = {"n_inner", "head_dim", "max_window_layers", "sliding_window", "layer_types", "transformers_version",
-             "architectures", "_name_or_path", "rotary_pct", "rotary_emb_base", "rope_theta", "partial_rotary_factor"}
-    assert {k: v for k, v in was.items() if k not in extra} == {k: now.get(k) for k in was if k not in extra}
+    free = {"_name_or_path", "max_window_layers", "n_inner", "sliding_window"}  # where null says the same
+    assert {k: v for k, v in was.items() if k not in free} == {k: now.get(k) for k in was if k not in free}
+
+
+LOAD = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+try:
+    import model
+    sys.exit("this process can import the repository")
+except ImportError:
+    pass
+out = {}
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    wrong = [k for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs") if info[k]]
+    ids = AutoTokenizer.from_pretrained(folder)(sys.argv[1], add_special_tokens=False)["input_ids"]
+    new = model.generate(torch.tensor([ids]), max_new_tokens=50, min_new_tokens=50, do_sample=False)
+    out[folder] = [wrong, ids, new[0, len(ids):].tolist()]
+print(json.dumps(out))
+"""
+
+
+def test_a_process_without_this_repository_generates_the_same(folders, tmp_path):
+    prompt, expected = "The for statement", {}
+    for name in ("gpt2", "llama-tied", "mistral", "qwen2", "qwen3", "gpt_neox", "opt"):
+        run = imported(folders(name)[0], tmp_path, name=name)
+        model, tok = sample.load(run, "", "cpu")
+        ids = tok.encode(prompt)
+        eos = 279  # forbidden, as by min_new_tokens
+        model.n_tokens = eos
+        new = torch.cat(list(model.generate(torch.tensor([ids]), 50, temperature=0)), dim=1)
+        expected[exported(run, tmp_path, f"{name}-out")] = [[], ids, new[0].tolist()]
+    command = [sys.executable, "-I", "-c", LOAD, prompt, *expected]
+    got = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert got.returncode == 0, got.stderr[-2000:]
+    assert json.loads(got.stdout.splitlines()[-1]) == expected
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+def test_keys_of_transformers_4_mean_the_same():
+    """As Qwen/Qwen2.5-0.5B, EleutherAI/pythia-70m and mistralai/Mistral-7B-v0.1 have them."""
+    qwen = {"model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+            "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
+            "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+            "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+            "vocab_size": 151936}
+    cfg = model_config(qwen, "qwen")
+    with torch.device("meta"):
+        assert LM(cfg).count_parameters()["total"] == 494_032_768
+    assert (cfg.n_kv_heads, cfg.head_size, cfg.rope_theta, cfg.window) == (2, 0, 1e6, 0)
+    assert (cfg.norm_eps, cfg.attn_bias) == (1e-6, "qkv")
+    pythia = {"model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 512, "intermediate_size": 2048,
+              "layer_norm_eps": 1e-05, "max_position_embeddings": 2048, "num_attention_heads": 8,
+              "num_hidden_layers": 6, "rotary_emb_base": 5000, "rotary_pct": 0.25,
+              "tie_word_embeddings": False, "use_parallel_residual": True, "vocab_size": 50304}
+    cfg = model_config(pythia, "pythia")
+    with torch.device("meta"):
+        assert LM(cfg).count_parameters()["total"] == 70_426_624
+    assert (cfg.rope_theta, cfg.rope_fraction, cfg.rope_size) == (5000.0, 0.25, 16)
+    mistral = {**qwen, "model_type": "mistral", "sliding_window": 4096, "rope_scaling": None}
+    assert model_config(mistral, "mistral").window == 4096
+    assert model_config(mistral | {"sliding_window": None}, "mistral").window == 0
+    for kind, theirs in (("qwen2", qwen), ("gpt_neox", pythia), ("mistral", mistral)):  # and are written
+        ours = model_config(theirs, kind)
+        written = config_of(ours, kind, {}, "float32")
+        old = {"rope_theta", "rotary_pct", "rotary_emb_base"}
+        assert all(written[k] == theirs[k] for k in old & theirs.keys())
+        assert model_config(written, kind) == ours  # and by rope_parameters alone:
+        assert model_config({k: v for k, v in written.items() if k not in old}, kind) == ours
+
+
+LLAMA = {"model_type": "llama", **GROUPED}
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"model_type": "gemma2"}, "model_type='gemma2' is not a family known here: gpt2, llama"),
+    (LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
+    (LLAMA | rope(1e4, rope_type="llama3"), "rope_parameters of type 'llama3'"),
+    (LLAMA | rope(1e4, partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
+    (LLAMA | {"mlp_bias": True}, "attention_bias=False with mlp_bias=True cannot be expressed"),
+    (LLAMA | {"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is none of silu, swish"),
+    (LLAMA | {"hidden_act": "gelu"}, "activation 'gelu' is none of silu, swish"),
+    ({"model_type": "llama", "hidden_size": 32}, "vocab_size is missing\n.*num_hidden_layers is missing"),
+    (LLAMA | {"num_key_value_heads": 3}, "n_kv_heads=3 does not divide n_heads=4"),
+    ({"model_type": "qwen2", **GROUPED, "use_sliding_window": True, "max_window_layers": 1},
+     "max_window_layers.* mix full and sliding attention"),
+    ({"model_type": "qwen3", **GROUPED, "sliding_window": 4, "layer_types": [
+        "full_attention", "sliding_attention", "sliding_attention"]}, "layer_types .*mix full and sliding"),
+    ({"model_type": "gpt_neox", **SIZES, "intermediate_size": 40, "attention_bias": False},
+     "attention_bias=False, but only True"),
+    ({"model_type": "opt", **SIZES, "ffn_dim": 48, "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+     "do_layer_norm_before=False, but only True .*\n.*word_embed_proj_dim=16, but only 32"),
+    ({"model_type": "gpt2", "vocab_size": 9, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 8,
+      "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+])
+def test_what_cannot_be_expressed_is_refused_by_name(config, message):
+    with pytest.raises(UserError, match=message):
+        model_config(config, "somewhere")
+
+
+TINY = {"vocab_size": 61, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 16, "head_bias": False}
+
+
+@pytest.mark.parametrize("flags, family", [
+    ({"pos": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False}, "llama"),
+    ({"pos": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "window": 8}, "mistral"),
+    ({"pos": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "window": 8, "global_every": 2,
+      "attn_bias": "qkv"}, "qwen2"),
+    ({}, "gpt2"), ({"activation": "relu2", "n_kv_heads": 4, "bias": False, "dropout": 0.1}, "gpt2"),
+    ({"pos": "rope", "rope_fraction": 0.5}, "gpt_neox"), ({"pos": "rope", "bias": False}, "gpt_neox"),
+    ({"pos_offset": 2, "activation": "relu"}, "opt"),
+])
+def test_our_models_become_the_family_that_fits(flags, family, tmp_path, text_folder):
+    cfg = ModelConfig(**TINY | {"vocab_size": 300, "max_seq_len": 64, "d_ff": 48} | flags, n_tokens=280)
+    torch.manual_seed(0)
+    model, tok = LM(cfg).eval(), tokenizer.load(text_folder)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    assert choose_family(cfg) == family
+    run = tmp_path / "run"
+    run.mkdir()
+    tok.save(str(run))
+    checkpoint.save(str(run / "best.pt"), {"model": model.state_dict(), "config": vars(cfg), "tokenizer": {
+        "name": tok.name, "fingerprint": tok.fingerprint}})
+    theirs = AutoModelForCausalLM.from_pretrained(exported(str(run), tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids()).logits, model(ids())[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ({"head_bias": True}, "nearest, gpt2, .*\n  - head_bias=True, where it has False\n"),
+    ({"pos": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "qk_norm": True},
+     "nearest, llama, .*\n  - qk_norm=True, where it has False\n"),
+    ({"attn_sink": True, "n_kv_heads": 2}, "attn_sink=True.*"),
+    ({"pos": "none", "mixer": "lstm"}, "mixer=lstm, where it has attention"),
+])
+def test_our_models_that_no_family_has_are_refused(flags, message):
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        choose_family(ModelConfig(**TINY | flags))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_shards_and_bin_files_hold_the_same(folders, tmp_path):
+    folder, theirs = folders("qwen2")
+    whole = load_model(imported(folder, tmp_path))[0].state_dict()
+    for name, options in (("shards", {"max_shard_size": "40KB"}), ("bf16", {}), ("bin", {}), ("base", {})):
+        other = tmp_path / name
+        if name == "bin":
+            shutil.copytree(folder, other, ignore=lambda *_: ["model.safetensors"])
+            torch.save(theirs.state_dict(), other / "pytorch_model.bin")  # with the tied head
+        elif name == "base":  # the model without its head has no prefix
+            shutil.copytree(folder, other)
+            weights = load_file(f"{folder}/model.safetensors")
+            save_file({k.removeprefix("model."): w for k, w in weights.items()}, other / "model.safetensors")
+        else:
+            saved = copy.deepcopy(theirs).bfloat16() if name == "bf16" else theirs
+            saved.save_pretrained(other, **options)
+        if name == "shards":
+            assert len(open_weights(str(other)).open) == 0 and len(list(other.glob("*.safetensors"))) > 3
+        loaded = pretrained.load(str(other)).state_dict()
+        assert all(torch.equal(loaded[k].float(), w.bfloat16().float() if name == "bf16" else w)
+                   for k, w in whole.items())
+        assert loaded["embed.weight"].dtype == (torch.bfloat16 if name == "bf16" else torch.float32)
+
+
+def test_damaged_folders_are_refused_with_one_clear_error(folders, tmp_path):
+    folder, model = folders("llama")
+    weights = load_file(f"{folder}/model.safetensors")
+
+    def refused(message, name="model.safetensors", content=None, tensors=None):
+        other = tmp_path / "damaged"
+        shutil.rmtree(other, ignore_errors=True)
+        shutil.copytree(folder, other)
+        if content is None:
+            write_safetensors(str(other / name), tensors)
+        else:
+            (other / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"(?s){message}"):
+            pretrained.main(PretrainedConfig(source=str(other), out_dir=str(tmp_path / "refused")))
+        assert not (tmp_path / "refused" / "damaged" / "best.pt").exists()
+        return other
+
+    data = open(f"{folder}/model.safetensors", "rb").read()
+    refused("model.safetensors is damaged: it has .* bytes of .*, so the copy was cut", content=data[:-9])
+    refused("model.safetensors is damaged: it has 5 bytes", content=data[:5])
+    refused("model.safetensors is damaged: JSON", content=data[:8] + b"?" + data[9:])
+    refused("config.json is damaged", name="config.json", content=b"{")
+    norm, q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+    refused(r"do not fit its config.json:\n  norm.weight: missing in the file$",
+            tensors={k: w for k, w in weights.items() if k != norm})
+    refused(r"layers.9.mlp.up_proj.weight: not in this model",
+            tensors=weights | {"model.layers.9.mlp.up_proj.weight": weights[q]})
+    refused(rf"{q}: \(3, 32\) in the file, \(32, 32\) by config.json",
+            tensors=weights | {q: weights[q][:3]})
+    index = {"weight_map": dict.fromkeys(weights, "model-00001-of-00002.safetensors") | {
+        norm: "model-00002-of-00002.safetensors"}}
+    refused("lacks model-00001-of-00002.safetensors, model-00002-of-", "model.safetensors.index.json",
+            json.dumps(index).encode())
+    other = tmp_path / "code"
+    shutil.copytree(folder, other, ignore=lambda *_: ["model.safetensors"])
+    with pytest.raises(WeightsError, match="no weights in .*looked for model.safetensors, pytorch_model.bin"):
+        open_weights(str(other))
+    torch.save({"a": UserError("code")}, other / "pytorch_model.bin")
+    with pytest.raises(WeightsError, match="holds more than tensors and was not loaded"):
+        open_weights(str(other))
+    with pytest.raises(UserError, match="no tokenizer.json in .*--tokenizer=hf:NAME_OR_PATH"):
+        (tmp_path / "bare").mkdir()
+        shutil.copy(f"{folder}/config.json", tmp_path / "bare")
+        pretrained.main(PretrainedConfig(source=str(tmp_path / "bare"), out_dir=str(tmp_path / "refused")))
+    run = imported(folder, tmp_path)
+    with pytest.raises(UserError, match="already holds a run; replace its best.pt with --overwrite"):
+        imported(folder, tmp_path)
+    with pytest.raises(UserError, match="no config.json in .*add --export=FOLDER"):
+        pretrained.main(PretrainedConfig(source=run, out_dir=str(tmp_path / "refused")))
+
+
+@pytest.mark.parametrize("kind", ["bpe:400", "bytes", "words:200"])
+def test_exported_tokenizers_give_the_same_ids(kind, tmp_path):
+    texts = [f.read_text() for f in sorted(write_documents(tmp_path / "text", 8, 3000).iterdir())]
+    tok = tokenizer.open_tokenizer(kind, iter(texts))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(pretrained.library_json(tok)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(pretrained.tokenizer_config(tok, 64)))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    odd = "", " ", "  two  spaces\n\n\nand\tlines ", "na\u00efve \u4f60\u597d \U0001f600", "don't 1234"
+    for text in (*texts, *odd):
+        ids = tok.encode(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert kind.startswith("words") or theirs.decode(ids) == text
+    assert theirs.eos_token_id == tok.eot and len(theirs) == tok.vocab_size
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The scripts
+
+
+def test_scripts_take_an_imported_model(folders, tmp_path):
+    run, machine = imported(folders("qwen3")[0], tmp_path, max_seq_len=32), {"device": "cpu", "dtype": "fp32"}
+    texts = sample.main(sample.SampleConfig(checkpoints=(run,), prompt=("The",), max_new_tokens=5, **machine))
+    assert len(texts["The"][run][0]) > 0
+    with pytest.raises(UserError, match="trained on no data folder here: name one with --data"):
+        quantize.main(quantize.QuantizeConfig(checkpoint=run, **machine))
+    source = write_documents(tmp_path / "source", 12, 3000)
+    data = str(tmp_path / "text")
+    prepare_data.main(prepare_data.PrepareConfig(source=str(source), name="text", data_dir=str(tmp_path),
+                                                 tokenizer_from=run))
+    row = quantize.main(quantize.QuantizeConfig(checkpoint=run, data=data, speed_tokens=0, **machine))
+    assert abs(row["result"]["int8"]["loss"] / row["result"]["fp32"]["loss"] - 1) < 0.1
+    flags = {k: v for k, v in checkpoint.load(run)["config"].items() if k not in ("data", "n_tokens")}
+    row = train.main(train.TrainConfig(**flags | machine, init_from=run, data=data, out_dir=str(tmp_path),
+                                       name="more", max_steps=3, batch_size=4, optimizer="muon"))
+    assert row["result"]["loss"] < 7
+    out = exported(str(tmp_path / "more"), tmp_path)  # trained here, on to transformers
+    again = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids()).logits, load_model(str(tmp_path / "more"))[0](ids())[0],
+                                   atol=1e-4, rtol=1e-4)
