@@ -233,6 +233,8 @@ def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: 
     micro, note = choose_micro_batch(cfg, needs, dist, room, began)
     plan = make_plan(cfg, dist.world, windows, micro)
     plan.dtype, plan.flops_per_token = dtype, needs.model.flops_per_token(cfg.max_seq_len)
+    if cfg.lora_rank:  # frozen matrices have no gradients: 4 FLOPs a weight, not 6
+        plan.flops_per_token += 6 * (needs.gradients // 4) - 2 * needs.model.count_parameters()["matmul"]
     plan.peak_flops = distributed.peak_flops(dist.device, dtype) * dist.world
     run_flops = plan.flops_per_token * plan.steps * cfg.batch_size * cfg.max_seq_len
     plan.compiled, why_compile = choose_compile(cfg.compile, run_flops, dist.device)
@@ -491,7 +493,7 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
     """(model, optimizer, scaler, progress), new or as saved."""
     device, progress = run.dist.device, Progress()
     torch.manual_seed(cfg.seed)
-    source = checkpoint.load(cfg.init_from) if cfg.init_from and not saved else None
+    source = checkpoint.load(cfg.init_from, mmap=True) if cfg.init_from and not saved else None
     model = make_model(cfg, source).to(device)
     model.trunk.checkpoint_activations = cfg.checkpoint_activations
     optimizer = make_optimizer(model, cfg)
