@@ -73,7 +73,8 @@ def test_command_parses(path, command):
 
 SMALLER = {  # flags that make them cheap; the last one given counts
     "train.py": ["--batch_size=2", "--max_seq_len=16", "--epochs=0", "--max_steps=2", "--device=cpu"],
-    "sample.py": ["--max_new_tokens=3", "--device=cpu"], "quantize.py": ["--speed_tokens=0", "--device=cpu"],
+    "sample.py": ["--max_new_tokens=3", "--write_tokens=300", "--device=cpu"],
+    "quantize.py": ["--speed_tokens=0", "--device=cpu"],
     "sweep.py": ["--dry_run"], "bench.py": ["--shapes=tiny", "--rounds=1", "--steps=1", "--device=cpu"],
     "memory_probe.py": ["--level=H0", "--pool=8", "--gate=0", "--facts=8", "--seeds=1", "--spread=8",
                         "--steps=2", "--d_model=16", "--n_layers=1", "--n_heads=1", "--batch_size=64",
@@ -89,7 +90,8 @@ ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign")  # have tests 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     """In the README's order, in one folder: later ones use what earlier ones made."""
     for name, tokenizer in (("shakespeare", "bytes"), ("shakespeare_bpe8192", "bpe:400"),
-                            ("shakespeare_words1000", "words:200"), ("wikitext2", "bytes")):
+                            ("shakespeare_words1000", "words:200"), ("wikitext2", "bytes"),
+                            ("books", "bytes")):
         prepare(tmp_path, name, tokenizer, count=6)
     shutil.copytree("config", tmp_path / "config")
     monkeypatch.chdir(tmp_path)
