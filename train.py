@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from common import checkpoint, distributed, fit, lora
 from common.config import UserError, launch
 from common.console import StepBar, resume_command, say
-from common.data import Mixed, Text, Windows, open_beside, open_text, read_meta
+from common.conversations import ChatRows, Chats
+from common.data import Mixed, Text, Windows, open_beside, open_text, read_meta, samples
 from common.evaluate import evaluate
 from common.files import read_rows, write_text
 from common.run import Run, RunConfig
@@ -134,6 +135,11 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
         if not meta:
             return cfg
         n_tokens = meta["tokenizer"]["vocab_size"]
+        if self.init_from and (cfg.n_tokens or cfg.vocab_size) < n_tokens:  # new chat tokens
+            if self.lora_rank or self.carry_optimizer:
+                raise UserError(f"the chat tokens of {cfg.data} are new to {cfg.init_from} and must be "
+                                "trained, from new moments: leave out lora_rank and carry_optimizer")
+            return replace(cfg, vocab_size=max(cfg.vocab_size, n_tokens), n_tokens=n_tokens)
         if 0 < cfg.vocab_size < n_tokens:
             raise UserError(f"vocab_size={cfg.vocab_size}, but the tokenizer of {cfg.data} has "
                             f"{n_tokens} ids")
@@ -154,7 +160,9 @@ def make_model(cfg: TrainConfig, source: dict | None = None) -> LM:
     """The model to train, with the weights of the checkpoint `source` = init_from, or random ones."""
     model = LM(cfg)
     if source:
-        checkpoint.load_weights(model, source["model"], cfg.init_from)
+        known = source["config"].get("n_tokens") or source["config"]["vocab_size"]
+        weights = checkpoint.with_new_tokens(source["model"], known, cfg.n_tokens)
+        checkpoint.load_weights(model, weights, cfg.init_from)
     return lora.wrap(model, cfg.lora_rank, cfg.lora_alpha) if cfg.lora_rank else model
 
 
@@ -166,10 +174,10 @@ def open_texts(cfg: TrainConfig) -> Text:
     return text._replace(others=others, replayed=replayed)
 
 
-def samples_of(cfg: TrainConfig, text: Text) -> Windows | Mixed:
+def samples_of(cfg: TrainConfig, text: Text) -> Windows | ChatRows | Mixed:
     """The stream of training samples."""
-    new = Windows(text.train, cfg.max_seq_len, cfg.seed)
-    return Mixed(new, Windows(text.replayed, cfg.max_seq_len, cfg.seed), cfg.replay) if cfg.replay else new
+    new = samples(text.train, cfg.max_seq_len, cfg.seed)
+    return Mixed(new, samples(text.replayed, cfg.max_seq_len, cfg.seed), cfg.replay) if cfg.replay else new
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,11 +248,11 @@ def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: 
     plan.compiled, why_compile = choose_compile(cfg.compile, run_flops, dist.device)
     plan.notes = [f"device      {distributed.device_name(dist.device)}; {dtype}: {why}; "
                   f"{'compiled' if plan.compiled else 'not compiled'}: {why_compile}",
-                  *describe(cfg, plan, needs, room), *[note] * bool(note)]
+                  *describe(cfg, plan, text, needs, room), *[note] * bool(note)]
     return plan
 
 
-def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> list[str]:
+def describe(cfg: TrainConfig, plan: Plan, text: Text | None, needs: fit.Needs, room: float) -> list[str]:
     """The plan as equations; without data (a dry run) as far as possible."""
     n, seq, flops = needs.model.count_parameters(), cfg.max_seq_len, plan.flops_per_token
     epoch, total = plan.per_epoch * seq, plan.steps * cfg.batch_size * seq
@@ -262,6 +270,8 @@ def describe(cfg: TrainConfig, plan: Plan, needs: fit.Needs, room: float) -> lis
         *describe_groups(parameter_groups(needs.model, cfg))]
     if not epoch:
         return [*lines, f"epoch       unknown: no tokens in {cfg.data} yet"]
+    if text and isinstance(text.train, Chats):
+        lines.append(text.train.note(cfg.max_seq_len, plan.micro))
     if cfg.replay:
         lines.append(f"replay      {cfg.replay:.3g} of all sequences, from {cfg.replay_data}; the epoch "
                      "below includes them")

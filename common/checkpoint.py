@@ -96,9 +96,22 @@ def assign_weights(model, weights: dict, path: str) -> None:
             module._parameters[key] = None if p is None else ours[id(p)]
 
 
-def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "") -> None:
-    """UserError, with the way out, if the model at `path` has another tokenizer than the data in `folder`."""
-    if ours["fingerprint"] != theirs["fingerprint"]:
+def with_new_tokens(weights: dict, known: int, n_tokens: int) -> dict:
+    """`weights` with ids known .. n_tokens - 1 added to the vocabulary. Their rows are the mean of the known
+    ones: a trained head gives a random row a far higher logit than the tokens it has learned to rule out."""
+    weights = dict(weights)
+    for name in ("embed.weight", "head.weight", "head.bias") if n_tokens > known else ():
+        if (old := weights.get(name)) is not None:
+            new = old[:known].mean(dim=0, keepdim=True).expand(n_tokens - known, *old.shape[1:])
+            weights[name] = torch.cat((old[:known], new, old[n_tokens:]))
+    return weights
+
+
+def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "",
+                    new: bool = False) -> None:
+    """UserError, with the way out, if the model at `path` has another tokenizer than the data in `folder`.
+    `new`: chat tokens may be new to the model."""
+    if theirs["fingerprint"] not in (ours["fingerprint"], ours.get("base") if new else None):
         raise UserError(f"{path} was trained with the tokenizer {theirs['name']} "
                         f"({theirs['fingerprint'][:12]}), but {folder} is tokenised with {ours['name']} "
                         f"({ours['fingerprint'][:12]}): the same ids stand for different text\n" + (

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 
 from common.config import UserError
+from common.rows import field_of, text_of
 from common.tokenizer import EOT, need
 
 Stream = Iterator[tuple[str, bool]]
@@ -54,7 +55,7 @@ def has_mark(path: str) -> bool:
         return any(EOT.encode() in a[-len(EOT):] + b for a, b in itertools.pairwise(blocks))
 
 
-def read_jsonl(path: str, key: str) -> Stream:
+def read_jsonl(path: str, key: str, value_of=text_of) -> Stream:
     with open(path, "rb") as f:
         for n, line in enumerate(f, 1):
             try:
@@ -67,26 +68,27 @@ def read_jsonl(path: str, key: str) -> Stream:
                 raise UserError(f"{path}:{n} is not JSON ({e}); expected one document per line, "
                                 f'such as {{"{key}": "..."}}') from None
             if text:
-                yield text_of(row, key, f"{path}:{n}"), True
+                yield value_of(row, key, f"{path}:{n}"), True
 
 
-def read_parquet(path: str, key: str) -> Stream:
+def read_parquet(path: str, key: str, value_of=text_of) -> Stream:
     try:
         table = need("pyarrow.parquet").ParquetFile(path)
+        key = field_of(key, table.schema_arrow.names)
         if key not in table.schema_arrow.names:
             raise UserError(f"{path}: no column '{key}'; it has: {', '.join(table.schema_arrow.names)}. "
                             "Choose one with --text_key=...")
         batches = table.iter_batches(batch_size=256, columns=[key], use_threads=False)
         for n, value in enumerate(value for batch in batches for value in batch.column(0).to_pylist()):
-            yield text_of({key: value}, key, f"{path} row {n}"), True
+            yield value_of({key: value}, key, f"{path} row {n}"), True
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is not a readable parquet file ({e})") from None
 
 
-def read_rows(rows, key: str, where: str, is_lines: bool = False) -> Stream:
+def read_rows(rows, key: str, where: str, is_lines: bool = False, value_of=text_of) -> Stream:
     """A split of a `datasets` data set. Its rows are documents or, with `is_lines`, lines of articles."""
     try:
-        texts = (text_of(row, key, f"{where} row {n}") for n, row in enumerate(rows))
+        texts = (value_of(row, key, f"{where} row {n}") for n, row in enumerate(rows))
         yield from articles(texts) if is_lines else zip(texts, itertools.repeat(True))
     except UserError:
         raise
@@ -106,26 +108,6 @@ def articles(texts: Iterator[str]) -> Stream:
             begun = True
         yield line, False
         before = line
-
-
-def text_of(row: dict, key: str, where: str) -> str:
-    """A row's text: a string, a list of strings or of turns ({"role", "text" or "content"}), one per line."""
-    if not isinstance(row, dict) or key not in row:
-        has = (f"it has: {', '.join(row)}. Choose one with --text_key=..." if isinstance(row, dict)
-               else f"the row is a {type(row).__name__}, not an object")
-        raise UserError(f"{where}: no field '{key}'; {has}")
-    value, lines = row[key], []
-    if isinstance(value, str):
-        return value
-    for item in value if isinstance(value, list) else [None]:
-        if isinstance(item, dict) and isinstance(item.get("role"), str):
-            text = item.get("text", item.get("content"))
-            item = f"{item['role']}: {text}" if isinstance(text, str) else None
-        if not isinstance(item, str):
-            raise UserError(f"{where}: field '{key}' is not a string, a list of strings, or a list of turns "
-                            f"with \"role\" and \"text\" or \"content\": {str(value)[:80]}")
-        lines.append(item)
-    return "\n".join(lines)
 
 
 # tokens start at a space between two letters, so encoding the pieces equals encoding the whole

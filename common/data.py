@@ -4,8 +4,10 @@ import math
 import os
 from typing import NamedTuple
 
-from common import tokenizer
+from common import conversations, tokenizer
+from common.chat import ChatFormat
 from common.config import UserError
+from common.conversations import ChatRows, Chats
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ def read_meta(folder: str) -> dict:
     return meta
 
 
-def open_tokens(folder: str, split: str, meta: dict) -> np.ndarray:
+def open_tokens(folder: str, split: str, meta: dict) -> np.ndarray | Chats:
     """The split's ids as a read-only memory map (counted by the system as used memory, but only cache).
     DataError if the file is missing, empty, truncated or not the one that meta.json describes."""
     path = os.path.join(folder, f"{split}.bin")
@@ -55,14 +57,14 @@ def open_tokens(folder: str, split: str, meta: dict) -> np.ndarray:
     top, vocab_size = int(tokens[:2**24].max()), meta["tokenizer"]["vocab_size"]
     if top >= vocab_size:
         raise DataError(f"{path} contains id {top}, but the tokenizer has {vocab_size} ids; {REMAKE}")
-    return tokens
+    return Chats(tokens, ChatFormat(**meta["chat"]), meta["tokenizer"]["eot"]) if "chat" in meta else tokens
 
 
 class Text(NamedTuple):
     meta: dict
     tok: tokenizer.Tokenizer
-    train: np.ndarray
-    val: np.ndarray
+    train: np.ndarray | Chats
+    val: np.ndarray | Chats
     others: dict = {}  # {name: (validation tokens, their counts)} of texts evaluated beside it
     replayed: np.ndarray | None = None  # training tokens mixed in
 
@@ -81,7 +83,7 @@ def open_beside(folder: str, split: str, text: Text, data: str) -> tuple[np.ndar
     from the folder `data`."""
     meta = read_meta(folder)
     theirs, ours = meta["tokenizer"], text.meta["tokenizer"]
-    if theirs["fingerprint"] != ours["fingerprint"]:
+    if theirs["fingerprint"] not in (ours["fingerprint"], ours.get("base")):  # base: without chat tokens
         raise DataError(f"{folder} is tokenised with {theirs['name']} ({theirs['fingerprint'][:12]}), but "
                         f"{data} with {ours['name']} ({ours['fingerprint'][:12]}): the same ids stand for "
                         "different text\nmake one of them with the other's tokenizer:  "
@@ -96,6 +98,9 @@ class Windows:
     is a pure function of (seed, i), so a run resumes from i alone, on any number of processes."""
 
     def __init__(self, tokens: np.ndarray, seq_len: int, seed: int):
+        if isinstance(tokens, Chats):
+            raise DataError("this script reads text, but its data folder holds conversations; make text of "
+                            "them with prepare_data.py without --chat")
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         # a window needs a target after its last token, and the offset skips up to seq_len - 1 tokens
         self.per_epoch, self.epoch = (len(tokens) - seq_len) // seq_len, -1
@@ -119,6 +124,11 @@ class Windows:
         """Samples first .. first + count - 1, (count, T + 1)."""
         index = self.starts(first, count)[:, None] + np.arange(self.seq_len + 1)  # (count, T + 1)
         return self.tokens[index].astype(np.int64)
+
+    def pairs(self, first: int, count: int):
+        """Inputs and targets, (count, T) each, as arrays."""
+        rows = self.rows(first, count)
+        return rows[:, :-1], rows[:, 1:]
 
     def batch(self, first: int, count: int, device: torch.device):
         """Inputs and targets, (count, T) each, of samples first .. first + count - 1."""
@@ -147,10 +157,18 @@ class Mixed:
         """Inputs and targets, (count, T) each, of samples first .. first + count - 1."""
         before = self.old_before(first + np.arange(count + 1))  # (count + 1,)
         is_old, n = before[1:] > before[:-1], int(before[-1] - before[0])  # (count,)
-        rows = np.empty((count, self.new.seq_len + 1), dtype=np.int64)
-        rows[is_old] = self.old.rows(int(before[0]), n)
-        rows[~is_old] = self.new.rows(first - int(before[0]), count - n)
-        return to_device(torch.from_numpy(rows), device)
+        pairs = np.empty((2, count, self.new.seq_len), dtype=np.int64)
+        pairs[:, is_old] = self.old.pairs(int(before[0]), n)
+        pairs[:, ~is_old] = self.new.pairs(first - int(before[0]), count - n)
+        return conversations.on_device(pairs, device)
+
+
+def samples(tokens: np.ndarray | Chats, seq_len: int, seed: int) -> Windows | ChatRows:
+    """A training split as a stream of samples."""
+    found = ChatRows(tokens, seq_len, seed) if isinstance(tokens, Chats) else Windows(tokens, seq_len, seed)
+    if not found.per_epoch:
+        raise DataError("the training split has no answers; use more conversations")
+    return found
 
 
 def to_device(rows: torch.Tensor, device: torch.device):
@@ -160,10 +178,13 @@ def to_device(rows: torch.Tensor, device: torch.device):
     return rows[:, :-1], rows[:, 1:]
 
 
-def eval_batches(tokens: np.ndarray, seq_len: int, batch_size: int, rank: int, world: int,
+def eval_batches(tokens: np.ndarray | Chats, seq_len: int, batch_size: int, rank: int, world: int,
                  device: torch.device):
     """This rank's inputs and targets, (B, T) each. Over all ranks, each token but the first is a target once.
     Targets past the end are -1. Callers sum, so that results do not depend on batch_size or world."""
+    if isinstance(tokens, Chats):
+        yield from conversations.eval_batches(tokens, seq_len, batch_size, rank, world, device)
+        return
     starts = np.arange(0, len(tokens) - 1, seq_len)[rank::world]
     for i in range(0, len(starts), batch_size):
         index = starts[i:i + batch_size, None] + np.arange(seq_len + 1)  # (B, T + 1)

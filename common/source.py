@@ -29,7 +29,7 @@ def inherit(cfg, kind, meta: dict | None):
     source = checkpoint.load(own or cfg.init_from, ("model", "config", "tokenizer"), mmap=True)
     theirs = architecture(source["config"], kind)
     if meta and not own:
-        checkpoint.check_tokenizer(source["tokenizer"], cfg.init_from, meta["tokenizer"], cfg.data)
+        checkpoint.check_tokenizer(source["tokenizer"], cfg.init_from, meta["tokenizer"], cfg.data, new=True)
     free = FREE | ({"max_seq_len"} if theirs["pos"] != "learned" else set())
     unset = [k for k in theirs if not cfg.sets(k) or k in ("vocab_size", "n_tokens") and not getattr(cfg, k)]
     taken = {k: theirs[k] for k in unset}

@@ -39,16 +39,34 @@ def split_of(name: str) -> str:
 def assign(part: Part, shares: dict[str, float]) -> Iterator[Piece]:
     """The part's pieces and their splits. `shares` ({split: fraction}) of the documents of a train part go to
     other splits. The hash of a document's first piece decides, so copies of a document stay together."""
-    limits, split = dict(zip(shares, itertools.accumulate(shares.values()), strict=True)), part.split
+    split = part.split
     for first, text in pieces(part.read()):
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise UserError(f"{part.name}: {e.object[e.start]!a} is an unpaired surrogate") from None
+        data = utf8(text, part.name)
         if first and part.split == "train" and shares:
-            point = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
-            split = next((name for name, limit in limits.items() if point < limit), "train")
+            split = draw_split(data, shares)
         yield Piece(split, first, text, data)
+
+
+def assign_dialogues(part: Part, shares: dict[str, float]) -> Iterator[tuple[str, list]]:
+    """(split, turns) of the part's conversations, in the splits in which `assign` puts them as text."""
+    for dialogue, _ in part.read():
+        start = next((text for _, text in pieces(iter([(dialogue.text, True)]))), "")
+        drawn = part.split == "train" and shares
+        yield draw_split(utf8(start, part.name), shares) if drawn else part.split, dialogue.turns
+
+
+def utf8(text: str, where: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(f"{where}: {e.object[e.start]!a} is an unpaired surrogate") from None
+
+
+def draw_split(data: bytes, shares: dict[str, float]) -> str:
+    """The split that the hash of a document's first piece falls into."""
+    point = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
+    limits = zip(shares, itertools.accumulate(shares.values()), strict=True)
+    return next((name for name, limit in limits if point < limit), "train")
 
 
 def hold_out(parts: list[Part], wanted: dict[str, float]) -> list[Part]:

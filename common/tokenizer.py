@@ -11,6 +11,7 @@ Whatever the kind, `save` writes one self-contained tokenizer.json: data and run
 import base64
 import hashlib
 import importlib
+import itertools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ import numpy as np
 
 EOT = "<|endoftext|>"
 UNK = "<unk>"
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 FILE = "tokenizer.json"
 FORMS = "gpt2, gpt2:PATH/gpt2.tiktoken, bpe:8192, words:1000, bytes, hf:NAME_OR_PATH"
 # OpenAI's r50k pattern: a space belongs to the word after it, so text may be cut at a space between letters
@@ -46,7 +48,10 @@ class Tokenizer:
     """ids are 0 .. vocab_size - 1; `eot` is the id placed before every document.
 
     `content` (JSON) fully describes how text becomes ids. `fingerprint` is the SHA-256 of kind, eot and
-    content: it differs between tokenizers that could encode differently, whatever their names."""
+    content: it differs between tokenizers that could encode differently, whatever their names. `template` is
+    the chat template that came with it ({"chat_template", "bos_token", "eos_token"}), or None."""
+
+    template = None
 
     def __init__(self, name: str, content, eot: int, vocab_size: int):
         self.name, self.content, self.eot, self.vocab_size = name, content, eot, vocab_size
@@ -74,8 +79,13 @@ class Tokenizer:
         """The bytes of one id, or None if they depend on its neighbours."""
         raise NotImplementedError
 
+    def special_ids(self) -> set[int]:
+        """Ids that no text encodes to."""
+        return {self.eot}
+
     def save(self, folder: str) -> None:
-        keys = ("kind", "name", "eot", "vocab_size", "fingerprint", "content")
+        keys = ["kind", "name", "eot", "vocab_size", "fingerprint", "content"]
+        keys += ["template"] * bool(self.template)
         data = json.dumps({key: getattr(self, key) for key in keys}, ensure_ascii=False)
         write_text(os.path.join(folder, FILE), data)
 
@@ -151,6 +161,52 @@ class HuggingFace(Tokenizer):
 
     def token_bytes(self, i):
         return None if self.bytes_of is None else self.bytes_of.get(i, b"")
+
+    def special_ids(self) -> set[int]:
+        return {self.eot, *(t["id"] for t in self.content.get("added_tokens", []) if t["special"])}
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of trusted text, in which special tokens are special."""
+        self.library.encode_special_tokens = False
+        try:
+            return self.library.encode(text, add_special_tokens=False).ids
+        finally:
+            self.library.encode_special_tokens = True
+
+
+class Chat(Tokenizer):
+    """Another tokenizer, the `base`, with CHAT_TOKENS above its ids. No text encodes to them, as the base
+    encodes it; a literal <|user|> is ordinary text."""
+    kind = "chat"
+
+    def __init__(self, name: str, content: dict, eot: int):
+        self.base = KINDS[content["kind"]](name.removesuffix("+chat"), content["content"], eot)
+        super().__init__(name, content, eot, self.base.vocab_size + len(CHAT_TOKENS))
+        self.id_of = {token: self.base.vocab_size + i for i, token in enumerate(CHAT_TOKENS)}
+
+    def encode_batch(self, texts, threads=0):
+        return self.base.encode_batch(texts, threads)
+
+    def _decode(self, ids):
+        runs = itertools.groupby(ids, lambda i: i < self.base.vocab_size)
+        return "".join(self.base._decode(list(run)) if plain else "".join(map(self.chat_token, run))
+                       for plain, run in runs)
+
+    def token_bytes(self, i):
+        return self.base.token_bytes(i) if i < self.base.vocab_size else self.chat_token(i).encode()
+
+    def special_ids(self):
+        return self.base.special_ids() | set(self.id_of.values())
+
+    def chat_token(self, i: int) -> str:
+        return CHAT_TOKENS[i - self.base.vocab_size]
+
+
+KINDS = {c.kind: c for c in (Bytes, RankBPE, HuggingFace, Chat)}
+
+
+def with_chat_tokens(tok: Tokenizer) -> Chat:
+    return Chat(f"{tok.name}+chat", {"kind": tok.kind, "content": tok.content}, tok.eot)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -250,17 +306,21 @@ def hugging_face(where: str) -> HuggingFace:
         content = from_merges(folder) if old else read_json(path) if local else \
             json.loads(library.from_pretrained(where).to_str())
         vocab = library.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
-        eos = read_json(config).get("eos_token") if local and os.path.exists(config) else None
+        settings = read_json(config) if local and os.path.exists(config) else {}
     except Exception as e:  # `tokenizers` raises bare Exceptions
         what = "is not a tokenizer.json of `tokenizers`" if local else (
             "is not a local file or folder and could not be fetched from the Hugging Face hub; "
             "--tokenizer=hf:PATH/tokenizer.json needs no network")
         raise UserError(f"--tokenizer=hf:{where} {what} ({type(e).__name__}: {str(e)[:200]})") from None
-    eos = eos.get("content") if isinstance(eos, dict) else eos
+    bos, eos = (t.get("content") if isinstance(t, dict) else t
+                for t in (settings.get("bos_token"), settings.get("eos_token")))
     # a chat model's eos ends a turn (<|im_end|>); prefer the token that separated pre-training documents
     for token in (EOT, "<|end_of_text|>", eos, "</s>", "<eos>", "[SEP]"):
         if token in vocab:
-            return HuggingFace(f"hf:{where}", content, vocab[token])
+            tok = HuggingFace(f"hf:{where}", content, vocab[token])
+            if template := chat_template(settings, os.path.dirname(path)):
+                tok.template = {"chat_template": template, "bos_token": bos or "", "eos_token": eos or ""}
+            return tok
     raise UserError(f"--tokenizer=hf:{where} has no known token that separates documents; name one as "
                     '"eos_token" in a tokenizer_config.json next to tokenizer.json')
 
@@ -276,13 +336,24 @@ def from_merges(folder: str) -> dict:
     return json.loads(tok.to_str())
 
 
+def chat_template(settings: dict, folder: str) -> str:
+    """The template in tokenizer_config.json (`settings`) or beside it; "" if there is none."""
+    found, path = settings.get("chat_template"), os.path.join(folder, "chat_template.jinja")
+    if isinstance(found, list):  # named ones
+        found = next((t["template"] for t in found if t["name"] == "default"), None)
+    if not found and settings and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            found = f.read()
+    return found or ""
+
+
 def load(path: str) -> Tokenizer:
     """The tokenizer saved in a data or run folder, or next to a file; UserError if missing or damaged."""
     path = os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, FILE)
     try:
         saved = read_json(path)
-        kinds = {c.kind: c for c in (Bytes, RankBPE, HuggingFace)}
-        tok = kinds[saved["kind"]](saved["name"], saved["content"], saved["eot"])
+        tok = KINDS[saved["kind"]](saved["name"], saved["content"], saved["eot"])
+        tok.template = saved.get("template")
         if tok.fingerprint != saved["fingerprint"]:
             raise ValueError("its content does not match its fingerprint")
         return tok

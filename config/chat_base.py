@@ -1,0 +1,13 @@
+# Question: what base for small talk can two CPU cores train in seven minutes?
+#   python prepare_data.py chitchat && python train.py config/chat_base.py
+# The recipe of config/speedrun.py, a little wider, on human small talk as plain text.
+from config.speedrun import *
+
+data = "data/chitchat"
+d_model = 192
+n_heads = 3
+d_ff = 512
+
+max_steps = 2000
+eval_interval = 500
+prompts = ("hi, how are you?", "What do you like to do")
