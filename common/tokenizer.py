@@ -306,20 +306,18 @@ def hugging_face(where: str) -> HuggingFace:
         content = from_merges(folder) if old else read_json(path) if local else \
             json.loads(library.from_pretrained(where).to_str())
         vocab = library.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
-        settings = read_json(config) if local and os.path.exists(config) else {}
+        eos = read_json(config).get("eos_token") if local and os.path.exists(config) else None
     except Exception as e:  # `tokenizers` raises bare Exceptions
         what = "is not a tokenizer.json of `tokenizers`" if local else (
             "is not a local file or folder and could not be fetched from the Hugging Face hub; "
             "--tokenizer=hf:PATH/tokenizer.json needs no network")
         raise UserError(f"--tokenizer=hf:{where} {what} ({type(e).__name__}: {str(e)[:200]})") from None
-    bos, eos = (t.get("content") if isinstance(t, dict) else t
-                for t in (settings.get("bos_token"), settings.get("eos_token")))
+    eos = eos.get("content") if isinstance(eos, dict) else eos
     # a chat model's eos ends a turn (<|im_end|>); prefer the token that separated pre-training documents
     for token in (EOT, "<|end_of_text|>", eos, "</s>", "<eos>", "[SEP]"):
         if token in vocab:
             tok = HuggingFace(f"hf:{where}", content, vocab[token])
-            if template := chat_template(settings, os.path.dirname(path)):
-                tok.template = {"chat_template": template, "bos_token": bos or "", "eos_token": eos or ""}
+            tok.template = chat_template(os.path.dirname(path)) if local else None
             return tok
     raise UserError(f"--tokenizer=hf:{where} has no known token that separates documents; name one as "
                     '"eos_token" in a tokenizer_config.json next to tokenizer.json')
@@ -336,15 +334,19 @@ def from_merges(folder: str) -> dict:
     return json.loads(tok.to_str())
 
 
-def chat_template(settings: dict, folder: str) -> str:
-    """The template in tokenizer_config.json (`settings`) or beside it; "" if there is none."""
-    found, path = settings.get("chat_template"), os.path.join(folder, "chat_template.jinja")
+def chat_template(folder: str) -> dict | None:
+    """Tokenizer.template from a folder's tokenizer_config.json and, in newer ones, chat_template.jinja."""
+    config, path = (os.path.join(folder, name) for name in ("tokenizer_config.json", "chat_template.jinja"))
+    settings = read_json(config) if os.path.exists(config) else {}
+    found = settings.get("chat_template")
     if isinstance(found, list):  # named ones
         found = next((t["template"] for t in found if t["name"] == "default"), None)
-    if not found and settings and os.path.exists(path):
+    if not found and os.path.exists(path):
         with open(path, encoding="utf-8") as f:
             found = f.read()
-    return found or ""
+    tokens = {key: settings.get(key) or "" for key in ("bos_token", "eos_token")}
+    tokens = {key: t["content"] if isinstance(t, dict) else t for key, t in tokens.items()}
+    return {"chat_template": found, **tokens} if found else None
 
 
 def load(path: str) -> Tokenizer:

@@ -20,6 +20,7 @@ from common.distributed import Dist
 from common.evaluate import evaluate
 from common.step import backward
 from model import LM, ModelConfig, load_model
+from tests.test_processes import start
 
 import numpy as np
 import pytest
@@ -355,6 +356,18 @@ def test_micro_batches_of_unequal_answers_give_the_same_gradient(folders):
         backward(model, batches, Dist(0, 1, CPU), "fp32", torch.amp.GradScaler("cpu", enabled=False))
         grads.append(model.embed.weight.grad)
     assert torch.allclose(grads[0], grads[1], atol=1e-7) and torch.allclose(grads[0], grads[2], atol=1e-7)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(base, folders):
+    small = {"init_from": "", "d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 64}
+    options = {"data": folders["same"], "max_steps": 12, "lr": 3e-3, "name": "two"}
+    cfg = train.TrainConfig(**base | small | options)
+    said, _ = (two := start(cfg, "--standalone", "--nproc_per_node=2")).communicate(timeout=120)
+    assert two.returncode == 0, said
+    tuned(base, folders, **small, name="one")
+    one = weights(base, "one")
+    assert all(torch.allclose(w, one[k], atol=2e-4) for k, w in weights(base, "two").items())
 
 
 def test_old_text_is_replayed_and_evaluated_beside_conversations(base, folders):
