@@ -3,7 +3,8 @@
 #   python train.py config/chat.py --init_from=out/chat_base
 #   python sample.py out/chat --chat
 # Only the answers count in the loss. The architecture and the context are those of init_from, which may be
-# any checkpoint; chat tokens that are new to it start as the average token.
+# any checkpoint; chat tokens that are new to it start as the average token. An imported model keeps its own
+# chat template and wants a lower rate: --lr=2e-5.
 init_from = "out/chat_base"
 data = "data/chitchat_chat"
 

@@ -8,6 +8,7 @@ d_model = 192
 n_heads = 3
 d_ff = 512
 
-max_steps = 2000
+max_steps = 900
+decay_fraction = 0.18
 eval_interval = 500
 prompts = ("hi, how are you?", "What do you like to do")

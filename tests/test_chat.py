@@ -20,6 +20,7 @@ from common.distributed import Dist
 from common.evaluate import evaluate
 from common.step import backward
 from model import LM, ModelConfig, load_model
+from tests.test_prepare_data import hub_folder
 from tests.test_processes import start
 
 import numpy as np
@@ -447,6 +448,17 @@ def test_a_model_without_chat_tokens_says_what_to_do(base):
 
 # ------------------------------------------------------------------------------------------------------------
 # Sources
+
+
+def test_dailydialog_through_datasets(tmp_path):
+    for split in ("train", "validation", "test"):
+        talk = [["Hello.", f"I {split}.", "Bye"]]
+        hub_folder(tmp_path / "daily", f"full/{split}", {"0000": talk}, "utterances", readme=False)
+    folder = prepare(tmp_path, "dailydialog", hub_path=str(tmp_path / "daily"), chat=True, tokenizer="bytes",
+                     name="daily")
+    ids = np.asarray(opened(folder, "val").ids)
+    said = "<|endoftext|><|user|>Hello.<|end|><|assistant|>I validation.<|end|>"
+    assert tokenizer.load(folder).decode(ids) == said
 
 
 def test_chitchat_is_read_from_the_package(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """The README: its commands run, its examples of new ideas work, what it names exists."""
+import json
 import re
 import shlex
 import shutil
@@ -18,6 +19,8 @@ import sweep
 import train
 from common.config import load
 from tests.conftest import prepare
+from tests.test_chat import prepare as prepare_chats
+from tests.test_chat import talks
 
 import pytest
 
@@ -91,8 +94,11 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     """In the README's order, in one folder: later ones use what earlier ones made."""
     for name, tokenizer in (("shakespeare", "bytes"), ("shakespeare_bpe8192", "bpe:400"),
                             ("shakespeare_words1000", "words:200"), ("wikitext2", "bytes"),
-                            ("books", "bytes")):
+                            ("books", "bytes"), ("chitchat", "bpe:400")):
         prepare(tmp_path, name, tokenizer, count=6)
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in talks(60)))
+    prepare_chats(tmp_path, tmp_path / "talks.jsonl", chat=True, name="chitchat_chat",
+                  tokenizer_from=str(tmp_path / "data" / "chitchat"))
     shutil.copytree("config", tmp_path / "config")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
