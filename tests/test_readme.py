@@ -94,8 +94,9 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     """In the README's order, in one folder: later ones use what earlier ones made."""
     for name, tokenizer in (("shakespeare", "bytes"), ("shakespeare_bpe8192", "bpe:400"),
                             ("shakespeare_words1000", "words:200"), ("wikitext2", "bytes"),
-                            ("books", "bytes"), ("chitchat", "bpe:400")):
+                            ("books", "bytes")):
         prepare(tmp_path, name, tokenizer, count=6)
+    prepare(tmp_path, "chitchat", "bpe:400", count=6)
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"turns": t}) + "\n" for t in talks(60)))
     prepare_chats(tmp_path, tmp_path / "talks.jsonl", chat=True, name="chitchat_chat",
                   tokenizer_from=str(tmp_path / "data" / "chitchat"))
