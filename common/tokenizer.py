@@ -334,21 +334,6 @@ def from_merges(folder: str) -> dict:
     return json.loads(tok.to_str())
 
 
-def chat_template(folder: str) -> dict | None:
-    """Tokenizer.template from a folder's tokenizer_config.json and, in newer ones, chat_template.jinja."""
-    config, path = (os.path.join(folder, name) for name in ("tokenizer_config.json", "chat_template.jinja"))
-    settings = read_json(config) if os.path.exists(config) else {}
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # named ones
-        found = next((t["template"] for t in found if t["name"] == "default"), None)
-    if not found and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            found = f.read()
-    tokens = {key: settings.get(key) or "" for key in ("bos_token", "eos_token")}
-    tokens = {key: t["content"] if isinstance(t, dict) else t for key, t in tokens.items()}
-    return {"chat_template": found, **tokens} if found else None
-
-
 def load(path: str) -> Tokenizer:
     """The tokenizer saved in a data or run folder, or next to a file; UserError if missing or damaged."""
     path = os.path.join(os.path.dirname(path) if os.path.isfile(path) else path, FILE)
@@ -366,3 +351,18 @@ def load(path: str) -> Tokenizer:
     except Exception as e:  # `tokenizers` raises bare Exceptions
         raise UserError(f"{path} is damaged ({type(e).__name__}: {str(e)[:200]})\ncopy it again from where "
                         "it was made, or recreate its folder with prepare_data.py --overwrite") from None
+
+
+def chat_template(folder: str) -> dict | None:
+    """Tokenizer.template from a folder's tokenizer_config.json and, in newer ones, chat_template.jinja."""
+    config, path = (os.path.join(folder, name) for name in ("tokenizer_config.json", "chat_template.jinja"))
+    settings = read_json(config) if os.path.exists(config) else {}
+    found = settings.get("chat_template")
+    if isinstance(found, list):  # named ones
+        found = next((t["template"] for t in found if t["name"] == "default"), None)
+    if not found and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            found = f.read()
+    tokens = {key: settings.get(key) or "" for key in ("bos_token", "eos_token")}
+    tokens = {key: t["content"] if isinstance(t, dict) else t for key, t in tokens.items()}
+    return {"chat_template": found, **tokens} if found else None
