@@ -15,6 +15,7 @@ for bit. They are read from safetensors, or from .bin files as data (weights_onl
 Padding rows of a vocabulary (Qwen2.5 has 151,936 rows for 151,665 tokens) are kept and never sampled; the
 loss is over all rows, as in transformers. Dropout is not imported: it belongs to training.
 """
+import functools
 import os
 import re
 from dataclasses import asdict, dataclass, fields, replace
@@ -373,7 +374,8 @@ def to_theirs(ours, place: Place):
 
 
 def read_weights(folder: str, model: LM, family: Family, dtype: str) -> dict:
-    """{our parameter: tensor} of a model on the meta device. WeightsError that lists what does not fit."""
+    """{our parameter: tensor} of a model on the meta device: parts of the files' memory maps where possible,
+    so the files must not be changed meanwhile. WeightsError that lists what does not fit."""
     source = open_weights(folder)
     names = {name.removeprefix(family.prefix): name for name in source.shapes if not BUFFERS.search(name)}
     wanted, needed = places(model, family), {}
@@ -388,26 +390,31 @@ def read_weights(folder: str, model: LM, family: Family, dtype: str) -> dict:
         more = f"\n  ... and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise WeightsError(f"the weights in {folder} do not fit its config.json:\n  "
                            + "\n  ".join(problems[:5]) + more)
-    widest = source.dtypes[names[next(iter(needed))]]
-    for n in needed:
-        widest = torch.promote_types(widest, source.dtypes[names[n]])
-    widest, out = widest if dtype == "auto" else DTYPES[dtype], {}
-    for name, p in model.named_parameters():
-        out[name], place = torch.empty(p.shape, dtype=widest), wanted[name]
-        if place.layout == "rows":
-            for theirs, part in zip(place.names, out[name].split(place.rows), strict=True):
-                source.read_into(names[theirs], part)
-        else:
-            theirs = torch.empty(their_shapes(p, place)[0], dtype=widest)
-            source.read_into(names[place.names[0]], theirs)
-            out[name].copy_(to_ours(theirs, place))
+    stored = [source.dtypes[names[n]] for n in needed]
+    kept = functools.reduce(torch.promote_types, stored) if dtype == "auto" else DTYPES[dtype]
+    out = {name: read_weight(source, p, place, [names[n] for n in place.names], kept)
+           for (name, p), place in zip(model.named_parameters(), wanted.values(), strict=True)}
     if tied in names:
-        head = torch.empty(source.shapes[names[tied]], dtype=widest)
-        source.read_into(names[tied], head)
+        p = model.embed.weight
+        head = read_weight(source, p, Place((tied,), (len(p),), "rows", 0), [names[tied]], kept)
         if not torch.equal(head, out["embed.weight"]):
             raise WeightsError(f"{folder}: {names[tied]} differs from the embedding, but config.json says "
                                "tie_word_embeddings=true; set it to false there to use both")
     source.close()
+    return out
+
+
+def read_weight(source, p, place: Place, names: list[str], dtype):
+    """A tensor like the parameter `p` (on the meta device) from their tensors `names`."""
+    if place.layout != "rows":
+        theirs = torch.empty(their_shapes(p, place)[0], dtype=dtype)
+        source.read_into(names[0], theirs)
+        return to_ours(theirs, place).contiguous()
+    if (mapped := source.mapped(names, dtype)) is not None:
+        return mapped
+    out = torch.empty(p.shape, dtype=dtype)
+    for name, part in zip(names, out.split(place.rows), strict=True):
+        source.read_into(name, part)
     return out
 
 

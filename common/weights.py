@@ -1,14 +1,16 @@
 """Weights as transformers stores them: .safetensors or torch's .bin, in one file or in shards.
 
-    source = open_weights(folder)            # .shapes and .dtypes of all tensors, nothing is read yet
-    source.read_into("wte.weight", out)      # into a contiguous part of a tensor that already exists
+    source = open_weights(folder)               # .shapes and .dtypes of all tensors, nothing is read yet
+    source.mapped(["wte.weight"], torch.float32)  # a tensor in the file itself, read when it is used; or None
+    source.read_into("wte.weight", out)         # into a contiguous part of a tensor that already exists
 
 A safetensors file is the length of its header (8 bytes), the header in JSON, then the tensors. It is read and
-written here so that each tensor goes straight to its place: with the package's memory map, pages of the file
-count on top of the model, and a QKV matrix would exist twice.
+written here so that no tensor exists twice: what is one matrix here and two there (gate and up) is one piece
+of the file, since names are sorted, and the parts of other matrices (q, k, v) go straight to their place.
 """
 import json
 import math
+import mmap
 import os
 import pickle
 
@@ -64,6 +66,22 @@ class Safetensors:
             for name, entry, begin in read_header(path):
                 self.shapes[name], self.dtypes[name] = tuple(entry["shape"]), DTYPES[entry["dtype"]]
                 self.places[name] = path, begin
+        self.maps = {}
+
+    def mapped(self, names, dtype):
+        """The tensors `names` below each other as one tensor that is the file's memory map, private to this
+        process if written to; None if they are not of this dtype and next to each other in one file."""
+        path, begin = end = self.places[names[0]]
+        for name in names:
+            if self.places[name] != end or self.dtypes[name] != dtype or begin % dtype.itemsize:
+                return None
+            end = path, end[1] + math.prod(self.shapes[name]) * dtype.itemsize
+        if path not in self.maps:
+            with open(path, "rb") as f:
+                self.maps[path] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+        flat = torch.frombuffer(self.maps[path], dtype=dtype, count=(end[1] - begin) // dtype.itemsize,
+                                offset=begin)
+        return flat.view(-1, *self.shapes[names[0]][1:])
 
     def read_into(self, name: str, out) -> None:
         """Fill the contiguous tensor `out` with the tensor `name`, of as many elements, in out's dtype."""
@@ -137,6 +155,9 @@ class TorchFiles:
                 raise damaged(path, f"{type(e).__name__}: {str(e):.200}") from None
         self.shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         self.dtypes = {name: t.dtype for name, t in self.tensors.items()}
+
+    def mapped(self, names, dtype):
+        return self.tensors[names[0]] if len(names) == 1 and self.dtypes[names[0]] == dtype else None
 
     def read_into(self, name: str, out) -> None:
         out.copy_(self.tensors[name].view(out.shape))
