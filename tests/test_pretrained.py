@@ -13,6 +13,7 @@ import sample
 import train
 from common import checkpoint, tokenizer
 from common.config import UserError
+from common.config import load as load_config
 from common.weights import WeightsError, open_weights, write_safetensors
 from model import LM, ModelConfig, load_model
 from pretrained import PretrainedConfig, choose_family, config_of, model_config
@@ -177,13 +178,27 @@ def test_a_process_without_this_repository_generates_the_same(folders, tmp_path)
 # Configurations
 
 
+QWEN = {"model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+        "vocab_size": 151936}
+
+
+def test_a_dry_run_needs_config_json_alone(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    pretrained.main(PretrainedConfig(source=str(tmp_path), dry_run=True, out_dir=str(tmp_path / "out")))
+    assert "parameters  494,032,768 (" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_the_demo_can_be_exported():
+    cfg = load_config(train.TrainConfig, ["config/demo.py", "--vocab_size=300"])
+    assert choose_family(cfg) == "llama"
+
+
 def test_keys_of_transformers_4_mean_the_same():
-    """As Qwen/Qwen2.5-0.5B, EleutherAI/pythia-70m and mistralai/Mistral-7B-v0.1 have them."""
-    qwen = {"model_type": "qwen2", "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
-            "max_position_embeddings": 32768, "max_window_layers": 24, "num_attention_heads": 14,
-            "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-            "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
-            "vocab_size": 151936}
+    """As Qwen/Qwen2.5-0.5B, EleutherAI/pythia-70m, mistralai/Mistral-7B-v0.1 have them."""
+    qwen = QWEN
     cfg = model_config(qwen, "qwen")
     with torch.device("meta"):
         assert LM(cfg).count_parameters()["total"] == 494_032_768
@@ -397,3 +412,30 @@ def test_scripts_take_an_imported_model(folders, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again(ids()).logits, load_model(str(tmp_path / "more"))[0](ids())[0],
                                    atol=1e-4, rtol=1e-4)
+
+
+LOADED = """
+import pretrained, sys, torch
+from common.distributed import resident_memory
+before = resident_memory()
+model = pretrained.load(sys.argv[1], sys.argv[2])
+total = sum(float(p.sum()) for p in model.parameters())  # what is mapped is read now
+print((resident_memory("VmHWM") - before) * 1e9 / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
+def test_a_full_size_folder_loads_in_little_more_than_its_own_memory(dtype, tmp_path):
+    cfg = model_config(QWEN, "qwen")
+    with torch.device("meta"):
+        model = LM(cfg)
+    family, tensors = pretrained.FAMILIES["qwen2"], {}
+    for name, p in model.named_parameters():
+        place = pretrained.places(model, family)[name]
+        tensors |= {family.prefix + n: torch.full(shape, 0.01, dtype=torch.bfloat16) for n, shape in zip(
+            place.names, pretrained.their_shapes(p, place), strict=True)}
+    write_safetensors(str(tmp_path / "model.safetensors"), dict(sorted(tensors.items())))
+    (tmp_path / "config.json").write_text(json.dumps(QWEN))
+    out = subprocess.run([sys.executable, "-c", LOADED, tmp_path, dtype], capture_output=True, text=True)
+    assert out.returncode == 0 and float(out.stdout) < 1.2, (out.stdout, out.stderr)
