@@ -293,6 +293,8 @@ def main(cfg: LoopConfig) -> dict:
         worlds = worlds_of(arms, text)
         for c in arms:
             fit.refuse_hopeless(LM, c, fit.room_for(0.0, dist), c.batch_size, fit.states_of(c), cfg.dry_run)
+            with torch.device("meta"):
+                find_parts(c, LM(c))  # what is wrong is said before anything is trained
         if dist.device.type == "cpu":
             keep_freed_memory()
         say_once = say if dist.is_main else (lambda _: None)

@@ -3,4 +3,5 @@
 # lr=5.7e-3 is the control of lr_profile=random: the mean rate of its entries for all.
 from config.loop_causes import *
 
-arm = ["parts=ffn", "parts=not-ffn", "parts=0,1,2", "lr_profile=random", "lr=5.7e-3", "lr_profile=depth"]
+arm = ["parts=ffn", "parts=not-ffn", "parts=0 parts=1 parts=2", "lr_profile=random", "lr=5.7e-3",
+       "lr_profile=depth"]

@@ -139,7 +139,7 @@ class ProbeOptions(BaseConfig):
 
 
 def changed(cfg, text: str):
-    """`cfg` with the options of an arm, such as "optimizer=sgd lr=0.3"."""
+    """`cfg` with the options of an arm, such as "optimizer=sgd lr=0.3"; lists as "parts=0 parts=1"."""
     kinds, values, problems = option_types(type(cfg)), {}, []
     for word in text.split():
         key, _, value = word.removeprefix("--").partition("=")
@@ -147,7 +147,8 @@ def changed(cfg, text: str):
             problems.append(f"'{key}' is not an option of an arm")
             continue
         try:
-            values[key] = parse(value or "true", kinds[key], key)
+            new = parse(value or "true", kinds[key], key)
+            values[key] = values[key] + new if key in values and isinstance(new, tuple) else new
         except ValueError as e:
             problems.append(str(e))
     if problems:

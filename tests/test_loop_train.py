@@ -284,7 +284,9 @@ def test_loops_train_only_their_part(place, monkeypatch):
     assert all(("trunk.0." in n) != (n in frozen[0]) for n in names)
     assert all((".ff" in n) == (n in frozen[1]) for n in names)
     with pytest.raises(UserError, match="number of a block"):
-        find_parts(replace(cfg, parts=("7",)), model)
+        main(replace(cfg, name="none", arm=("parts=0 parts=7",)))  # before anything is trained
+    assert not Path(cfg.out_dir, "none").exists()
+    assert loop_train.changed(cfg, "parts=0 parts=ffn").parts == ("0", "ffn")
     main(one := replace(cfg, parts=("1",), name="block1"))
     base = weights(base_config(architecture(one, open_text(cfg.data).meta)))
     moved = {name for name, value in weights(one).items() if not torch.equal(value, base[name])}

@@ -490,8 +490,8 @@ def test_contradictions_are_refused(small, options, message):
         small(**options)
 
 
-MINE = sorted(p for p in Path("config").glob("[a-z]*.py")
-              if not p.stem.startswith(("probe", "loop", "steer", "rates")))  # other scripts' configs
+OTHERS = ("probe", "loop", "steer", "rates", "sweep")  # configs of other scripts
+MINE = sorted(p for p in Path("config").glob("[a-z]*.py") if not p.stem.startswith(OTHERS))
 
 
 @pytest.mark.parametrize("path", MINE, ids=lambda p: p.stem)
