@@ -22,11 +22,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import ClassVar, Literal, NamedTuple
 
 from common import checkpoint, tokenizer
+from common.chat import format_of
 from common.config import Config, ConfigError, UserError, launch
 from common.console import say
 from common.distributed import DTYPES
 from common.files import make_folder, read_json, write_json
-from common.tokenizer_export import library_json
+from common.tokenizer_export import library_json, tokenizer_config
 from common.weights import WeightsError, open_weights, write_safetensors
 from model import GATED_ACTIVATIONS, LM, ModelConfig
 
@@ -594,7 +595,9 @@ def write_export(folder: str, model: LM, cfg: ModelConfig, kind: str, tok, origi
     write_json(os.path.join(folder, tokenizer.FILE), library_json(tok))
     write_json(os.path.join(folder, "tokenizer_config.json"),
                origin.get("tokenizer_config.json") or tokenizer_config(tok, cfg.max_seq_len))
-    generation = origin.get("generation_config.json") or {"bos_token_id": tok.eot, "eos_token_id": tok.eot}
+    form = format_of(tok)
+    generation = origin.get("generation_config.json") or {
+        "bos_token_id": tok.eot, "eos_token_id": [tok.eot, form.stop] if form else tok.eot}
     if cfg.n_tokens < cfg.vocab_size:  # padding rows of the vocabulary
         generation["suppress_tokens"] = list(range(cfg.n_tokens, cfg.vocab_size))
     write_json(os.path.join(folder, "generation_config.json"), generation)
@@ -605,12 +608,6 @@ def write_export(folder: str, model: LM, cfg: ModelConfig, kind: str, tok, origi
     if cfg.pos == "rope" and origin:
         written["max_position_embeddings"] = origin[CONFIG]["max_position_embeddings"]
     write_json(os.path.join(folder, CONFIG), written)
-
-
-def tokenizer_config(tok, max_seq_len: int) -> dict:
-    eot = tok.decode([tok.eot])
-    return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
-            "clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
 
 
 def main(cfg: PretrainedConfig) -> dict:

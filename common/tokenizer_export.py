@@ -2,7 +2,21 @@
 same ids for the same text."""
 import json
 
-from common.tokenizer import EOT, Bytes, HuggingFace, RankBPE, Tokenizer, byte_alphabet, need
+from common.tokenizer import (
+    CHAT_TOKENS,
+    EOT,
+    Bytes,
+    Chat,
+    HuggingFace,
+    RankBPE,
+    Tokenizer,
+    byte_alphabet,
+    need,
+)
+
+# common/chat.py's format for our own chat tokens
+CHAT_TEMPLATE = ("{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 def library_json(tok: Tokenizer) -> dict:
@@ -13,7 +27,25 @@ def library_json(tok: Tokenizer) -> dict:
         return byte_level([bytes([b]) for b in range(256)], [], regex=False)
     if isinstance(tok, RankBPE):
         return byte_level(tok.tokens[:-1], merges_of(tok.tokens[:-1]), regex=True)
+    if isinstance(tok, Chat):  # transformers takes a literal <|user|> in a text for the token
+        lib = need("tokenizers")
+        made = lib.Tokenizer.from_str(json.dumps(library_json(tok.base)))
+        made.add_special_tokens([lib.AddedToken(t, special=True, normalized=False) for t in CHAT_TOKENS])
+        assert all(made.token_to_id(t) == i for t, i in tok.id_of.items()), "chat tokens have other ids"
+        return json.loads(made.to_str())
     raise NotImplementedError(f"tokenizer kind {tok.kind}")
+
+
+def tokenizer_config(tok: Tokenizer, max_seq_len: int) -> dict:
+    """The content of tokenizer_config.json."""
+    eot = tok.decode([tok.eot])
+    out = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot,
+           "clean_up_tokenization_spaces": False, "model_max_length": max_seq_len}
+    if isinstance(tok, Chat):
+        out |= {"chat_template": CHAT_TEMPLATE, "eos_token": "<|end|>"}
+    if tok.template:
+        out |= {key: value for key, value in tok.template.items() if value}
+    return out
 
 
 def byte_level(tokens: list[bytes], merges: list, regex: bool) -> dict:

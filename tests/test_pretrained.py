@@ -12,6 +12,7 @@ import quantize
 import sample
 import train
 from common import checkpoint, tokenizer
+from common.chat import format_of
 from common.config import UserError
 from common.config import load as load_config
 from common.weights import WeightsError, open_weights, write_safetensors
@@ -385,6 +386,20 @@ def test_exported_tokenizers_give_the_same_ids(kind, tmp_path):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
         assert kind.startswith("words") or theirs.decode(ids) == text
     assert theirs.eos_token_id == tok.eot and len(theirs) == tok.vocab_size
+
+
+@pytest.mark.parametrize("kind", ["bpe:400", "words:200"])
+def test_an_exported_chat_tokenizer_has_the_same_template(kind, tmp_path):
+    texts = [f.read_text() for f in sorted(write_documents(tmp_path / "text", 8, 3000).iterdir())]
+    tok = tokenizer.with_chat_tokens(tokenizer.open_tokenizer(kind, iter(texts)))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(pretrained.library_json(tok)))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(pretrained.tokenizer_config(tok, 64)))
+    theirs, form = AutoTokenizer.from_pretrained(tmp_path), format_of(tok)
+    turns = [("system", "the help"), ("user", "what is a class?"), ("assistant", "a type"), ("user", "and")]
+    ids = theirs.apply_chat_template([{"role": r, "content": t} for r, t in turns],
+                                     add_generation_prompt=True)["input_ids"]
+    assert ids == form.join([(r, tok.encode(t)) for r, t in turns]) + form.opens["assistant"]
+    assert len(theirs) == tok.vocab_size and theirs.eos_token_id == form.stop
 
 
 # ------------------------------------------------------------------------------------------------------------
