@@ -4,6 +4,7 @@
     python bench.py --shapes=exp3,exp6 --json=bench.json       # selected shapes; results as JSON too
     python bench.py --peer=../nanoGPT --shapes=exp3,d256,exp6  # against a checkout of nanoGPT
     python bench.py --peer=../nanoGPT --peer=transformers --shapes=generate
+    python bench.py --shapes=qwen2,qwen2_decode --peer=transformers
     python bench.py --shapes=context32,context512,scan1,scan8  # recurrent mixers
     python bench.py --shapes=decoding --plot=decoding.png      # memory and time per token at length
     python bench.py --shapes=tiny --rounds=2                   # a smoke test
@@ -22,6 +23,9 @@ Shapes
                   attention with and without a window; about 2.7M parameters each, in fp32
     generate      512 new tokens in one sequence with exp6's model; all arms have their weights in --dtype
     int8          the same in INT8 and in fp32; --compile compiles the decoding step of both
+    qwen2         a model shaped as Qwen2 (60M: d_model 320, 8 layers, vocabulary 151,936), 4 x 256 tokens a
+                  step; with --peer=transformers against its Qwen2 in the same dtype, eager and compiled
+    qwen2_decode  128 new tokens in one sequence with the same models
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
     overhead      share of exp3's step spent outside forward and loss, backward, clipping and optimiser
     tiny          a smoke test
@@ -42,7 +46,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
@@ -58,6 +62,7 @@ from common.tables import new_figure, save_figure
 from common.tokenizer import rank_bpe
 from model import LM, ModelConfig
 from muon import make_optimizer, set_learning_rates
+from pretrained import config_of
 from train import TrainConfig
 
 import numpy as np
@@ -71,6 +76,9 @@ from tqdm import tqdm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 EIGHT = {"d_model": 256, "n_heads": 8, "vocab_size": 8192}
+QWEN2 = {"vocab_size": 151_936, "d_model": 320, "n_layers": 8, "n_heads": 10, "n_kv_heads": 2, "d_ff": 1280,
+         "norm": "rmsnorm", "activation": "swiglu", "pos": "rope", "rope_theta": 1e6, "bias": False,
+         "attn_bias": "qkv", "head_bias": False}
 SHAPES = {  # name: sequences per step, the config file, options on top of it
     **{f"exp{n}": (8 if n < 6 else 4, f"exp{n}", {}) for n in range(1, 8)},
     "d256": (16, "", EIGHT | {"max_seq_len": 256, "n_layers": 8}),
@@ -78,6 +86,7 @@ SHAPES = {  # name: sequences per step, the config file, options on top of it
     "muon": (16, "tinier", {}), "context32": (32, "newllm_baseline", {}),
     "context512": (512, "newllm_baseline", {}), "scan1": (1, "newllm_scan", {"max_seq_len": 1024}),
     "scan8": (8, "newllm_scan", {"max_seq_len": 1024}), "decoding": (1, "newllm_baseline", {}),
+    "qwen2": (4, "", QWEN2 | {"max_seq_len": 256}), "qwen2_decode": (1, "", QWEN2 | {"max_seq_len": 128}),
     "generate": (1, "exp6", {}), "int8": (1, "exp6", {}), "startup": (8, "demo", {}),
     "overhead": (8, "exp3", {}), "tiny": (2, "", {"max_seq_len": 32, "d_model": 32, "n_layers": 2,
                                                   "n_heads": 2, "vocab_size": 512})}
@@ -125,18 +134,20 @@ def shape_of(name: str, config: str = "", **changes) -> Shape:
 
 
 def write_data(folder: str, vocab_size: int) -> str:
-    """A data folder like prepare_data.py's, of random tokens. Its tokenizer has all bytes and then pairs of
-    bytes, so that startup loads one of the usual kind and size."""
+    """A data folder like prepare_data.py's, of random tokens. Its tokenizer has all bytes and then pairs and
+    triples of bytes, so that startup loads one of the usual kind and size."""
     os.makedirs(folder, exist_ok=True)
     tok = rank_bpe("bench", [bytes([b]) for b in range(256)]
-                   + [bytes(divmod(i, 256)) for i in range(vocab_size - 257)])
+                   + [i.to_bytes(2 + (i >= 2**16), "big") for i in range(vocab_size - 257)])
+    dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
     tok.save(folder)
     rng, splits = np.random.default_rng(1), {}
     for split, n in (("train", 2**20), ("val", 2**14)):
-        rng.integers(vocab_size, size=n, dtype=np.uint16).tofile(os.path.join(folder, f"{split}.bin"))
+        rng.integers(vocab_size, size=n, dtype=dtype).tofile(os.path.join(folder, f"{split}.bin"))
         splits[split] = {"tokens": n, "bytes": n, "words": n, "sha256": "random"}
-    write_json(os.path.join(folder, "meta.json"), {"dtype": "uint16", "splits": splits, "tokenizer": {
-        "name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size}})
+    about = {"name": tok.name, "fingerprint": tok.fingerprint, "vocab_size": tok.vocab_size}
+    write_json(os.path.join(folder, "meta.json"), {"dtype": np.dtype(dtype).name, "splits": splits,
+                                                   "tokenizer": about})
     return folder
 
 
@@ -305,8 +316,8 @@ WRITTEN_OUT = {"loop": ContextLoop, "nn.LSTM": PlainLSTM}  # as somebody would w
 
 
 def load_peer(peer: str, shape: Shape, dropout: float):
-    """(model, loss(net, x, y)) of this shape: a WRITTEN_OUT model, or with learned positions transformers'
-    GPT2LMHeadModel or the GPT of a nanoGPT checkout."""
+    """(model, loss(net, x, y)) of this shape: a WRITTEN_OUT model, transformers' GPT-2 (with RoPE: Qwen2), or
+    the GPT of a nanoGPT checkout."""
     m = shape.model
     if peer in WRITTEN_OUT:
         return WRITTEN_OUT[peer](m), lambda net, x, y: F.cross_entropy(net(x).flatten(0, 1), y.flatten())
@@ -315,9 +326,14 @@ def load_peer(peer: str, shape: Shape, dropout: float):
     if peer == "transformers":
         import transformers
         transformers.logging.set_verbosity_error()
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            **sizes, n_positions=m["max_seq_len"], resid_pdrop=dropout, embd_pdrop=dropout,
-            attn_pdrop=dropout, bos_token_id=None, eos_token_id=None))
+        if m["pos"] == "rope":
+            ends = {"bos_token_id": None, "eos_token_id": None}
+            model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
+                **config_of(ModelConfig(**m), "qwen2", ends, "float32")))
+        else:
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+                **sizes, n_positions=m["max_seq_len"], resid_pdrop=dropout, embd_pdrop=dropout,
+                attn_pdrop=dropout, bos_token_id=None, eos_token_id=None))
         return model, lambda net, x, y: net(input_ids=x, labels=x, use_cache=False).loss  # it shifts labels
     spec = importlib.util.spec_from_file_location("peer_model", os.path.join(peer, "model.py"))
     module = sys.modules["peer_model"] = importlib.util.module_from_spec(spec)  # `model` is nanoMem's
@@ -341,7 +357,8 @@ def train_peer(cfg: BenchConfig, shape: Shape, folder: str, peer: str, dtype: st
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == "fp16")
 
     def next_batch():
-        tokens = np.memmap(os.path.join(folder, "train.bin"), dtype=np.uint16, mode="r")
+        kind = np.uint16 if shape.model["vocab_size"] <= 2**16 else np.uint32
+        tokens = np.memmap(os.path.join(folder, "train.bin"), dtype=kind, mode="r")
         starts = torch.randint(len(tokens) - length, (shape.batch,)).tolist()
         rows = torch.from_numpy(np.stack([tokens[i:i + length + 1] for i in starts]).astype(np.int64))
         return [part.contiguous() for part in data.to_device(rows, device)]  # (B, T) each
@@ -393,6 +410,13 @@ def title(peer: str) -> str:
     return os.path.basename(os.path.abspath(peer))
 
 
+def qwen2_arms(name: str, shape: Shape, cfg: BenchConfig, machine: dict) -> list[Arm]:
+    dtype = machine["dtype"] if cfg.dtype == "auto" else cfg.dtype
+    peers = [peer_arm(f"{title(peer)}{', compiled' * compile}", shape, peer, dtype, compile)
+             for peer in cfg.peer if peer == "transformers" for compile in (False, True)]
+    return [Arm("nanoMem", train_ours, shape), *peers]
+
+
 def recurrent_arms(name: str, shape: Shape, cfg: BenchConfig, machine: dict) -> list[Arm]:
     gated = shape_of(name, config="newllm_baseline")
     arms = [Arm("scan", train_ours, shape)] if name.startswith("scan") else []
@@ -431,7 +455,9 @@ ARMS = {  # of the shapes that are not simply training against peers
         Arm("nanoMem", generate, shape, {"dtype": dtype, "compile": cfg.compile == "true"})
         for dtype in ("int8", "fp32")],
     **dict.fromkeys(("context32", "context512", "scan1", "scan8"), recurrent_arms),
-    "decoding": decoding_arms, "generate": generation_arms}
+    "decoding": decoding_arms, "generate": generation_arms, "qwen2": qwen2_arms,
+    "qwen2_decode": lambda name, shape, cfg, machine: generation_arms(
+        name, shape, replace(cfg, peer=tuple(p for p in cfg.peer if p == "transformers")), machine)}
 
 
 # ------------------------------------------------------------------------------------------------------------
