@@ -54,6 +54,7 @@ from probes.tasks import TASKS, Task, gradient_of, plain_sgd, prepared
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 # ------------------------------------------------------------------------------------------------------------
 # Config
@@ -141,17 +142,9 @@ class SteerConfig(RunConfig, OptimizerConfig, ModelConfig):
 # Two learners
 
 
-# a call per tensor is what small networks spend time on, so one call for all
-
-
 @torch.no_grad()
 def difference(after: list, before: list) -> list:
-    return list(torch._foreach_sub(after, before))
-
-
-@torch.no_grad()
-def copied(params: list) -> list:
-    return list(torch._foreach_mul(params, 1.0))
+    return [a - b for a, b in zip(after, before, strict=True)]
 
 
 class Pair:
@@ -163,16 +156,24 @@ class Pair:
         self.models = [prepared(cfg, m, dist) for m in (model, twin)]
         self.params = [list(m.parameters()) for m in self.models]
         self.optimizers = [make_optimizer(m, plain_sgd(cfg)) for m in self.models]
-        self.origin = copied(self.params[0])
+        self.origin = self.weights(0)
         self.generator = torch.Generator(dist.device).manual_seed(seed)  # for directions where there is none
         self.reference = None
 
     def gradient(self, who: int, batch) -> list:
         return gradient_of(self.cfg, self.models[who], batch, self.dist, self.dtype)
 
+    @torch.no_grad()
+    def weights(self, who: int) -> list:
+        """A copy: of each tensor, or with scope "global" one vector, since a call per tensor is what small
+        networks spend time on. (torch joins and cuts gradients so for its own DistributedDataParallel.)"""
+        if self.cfg.scope == "tensor":
+            return [p.clone() for p in self.params[who]]
+        return [_flatten_dense_tensors(self.params[who])]
+
     def apply(self, who: int, step: int, keep: bool) -> list | None:
         """The optimiser's step, with the gradients as they are. Returns the weights before it if asked."""
-        before = copied(self.params[who]) if keep else None
+        before = self.weights(who) if keep else None
         set_learning_rates(self.optimizers[who], self.cfg, step, self.cfg.steps)
         self.optimizers[who].step()
         return before
@@ -184,9 +185,10 @@ class Pair:
         if step == 0:
             check_gradients(self.models[0])
         before = self.apply(0, step, log or steer == "update")
-        self.of_a = {"grad": gradient, "update": before and difference(self.params[0], before)}
+        self.of_a = {"grad": gradient if log or steer == "grad" else None,  # else its memory is used again
+                     "update": before and difference(self.weights(0), before)}
         if steer == "displacement":
-            self.reference = difference(self.params[0], self.origin)
+            self.reference = difference(self.weights(0), self.origin)
         elif self.reference is None or self.cfg.reference == "last":
             self.reference = self.of_a[steer]
         else:
@@ -207,20 +209,22 @@ class Pair:
         if not log:
             return {}
         found = {"grad": (gradient, self.of_a["grad"]),
-                 "update": (difference(params, before), self.of_a["update"])}
+                 "update": (difference(self.weights(1), before), self.of_a["update"])}
         if steer == "displacement":
-            found[steer] = (difference(params, self.origin), self.reference)
+            found[steer] = (difference(self.weights(1), self.origin), self.reference)
         return found | {steer: (found[steer][0], self.reference)}
 
     @torch.no_grad()
     def turn_way_from(self, start: list, target: float) -> None:
         """Write B's weights so that their way from `start` has the target cosine with the reference."""
-        way = difference(self.params[1], start)
-        turned = steered(way, self.reference, target, self.cfg.scope, self.generator)
-        moved = [i for i, (w, t) in enumerate(zip(way, turned, strict=True)) if t is not w]
-        if moved:  # the others are not even rounded
-            params, start, turned = ([z[i] for i in moved] for z in (self.params[1], start, turned))
-            torch._foreach_copy_(params, torch._foreach_add(start, turned))
+        way = difference(self.weights(1), start)
+        turned = steered(way, self.reference, target, "tensor", self.generator)  # of the vectors they are
+        new = [s + t if t is not w else None for s, w, t in zip(start, way, turned, strict=True)]
+        if self.cfg.scope == "global" and new[0] is not None:
+            new = _unflatten_dense_tensors(new[0], self.params[1])
+        changed = [(p, z) for p, z in zip(self.params[1], new, strict=False) if z is not None]
+        if changed:  # the others are not even rounded
+            torch._foreach_copy_(*map(list, zip(*changed, strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -361,6 +365,8 @@ def cost_of(cfg: SteerConfig, task: Task, dist: Dist) -> str:
             if step == 0:  # or gradients would vanish, and denormal numbers are slow
                 pairs[0] = Pair(cfg, task.make(cfg.seed), cfg.seed, dist)
             pairs[0].first(step, task.batch(cfg.seed, 0, step))
+            if target is None:  # plain steps keep no gradient
+                pairs[0].of_a = pairs[0].reference = None
             pairs[0].second(step, task.batch(cfg.seed, 1, step), target)
         return move
 
