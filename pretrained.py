@@ -14,6 +14,8 @@ for bit. They are read from safetensors, or from .bin files as data (weights_onl
 
 Padding rows of a vocabulary (Qwen2.5 has 151,936 rows for 151,665 tokens) are kept and never sampled; the
 loss is over all rows, as in transformers. Dropout is not imported: it belongs to training.
+
+config/lm_eval/split.yaml is a task for the lm-evaluation-harness, which runs on an exported folder.
 """
 import functools
 import os
