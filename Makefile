@@ -14,6 +14,7 @@ test: $(VENV)/dev
 	$(RUN) -m pytest -n auto --maxprocesses=4 --dist=worksteal
 
 test-slow: $(VENV)/dev
+	$(RUN) -m pip install --quiet --disable-pip-version-check "lm_eval[hf]"
 	$(RUN) -m pytest -m "not gpu" -n auto --maxprocesses=4 --dist=worksteal
 
 test-gpu: $(VENV)/dev

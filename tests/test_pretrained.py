@@ -1,21 +1,28 @@
 """pretrained.py against transformers: the same numbers in, through the cache, and out again."""
 import copy
+import importlib.util
 import json
+import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import prepare_data
 import pretrained
 import quantize
 import sample
 import train
-from common import checkpoint, tokenizer
+from common import checkpoint, data, tokenizer
 from common.chat import format_of
 from common.config import UserError
 from common.config import load as load_config
+from common.distributed import Dist
+from common.evaluate import evaluate
 from common.weights import WeightsError, open_weights, write_safetensors
+from config.lm_eval.split import whole
 from model import LM, ModelConfig, load_model
 from pretrained import PretrainedConfig, choose_family, config_of, model_config
 from tests.conftest import write_documents
@@ -400,6 +407,52 @@ def test_an_exported_chat_tokenizer_has_the_same_template(kind, tmp_path):
                                      add_generation_prompt=True)["input_ids"]
     assert ids == form.join([(r, tok.encode(t)) for r, t in turns]) + form.opens["assistant"]
     assert len(theirs) == tok.vocab_size and theirs.eos_token_id == form.stop
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The lm-evaluation-harness
+
+
+def rolling(folder: str, tokens: list[int], T: int) -> float:
+    """Nats per target as loglikelihood_rolling defines it: T targets at a time, each time from the T tokens
+    that end before the last of them. tokens[0] is the prefix."""
+    model, nats = AutoModelForCausalLM.from_pretrained(folder), 0.0
+    for start in range(1, len(tokens), T):
+        targets = tokens[start:start + T]
+        end = start + len(targets) - 1
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens[max(0, end - T):end]])).logits[0, -len(targets):]  # (T, V)
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(targets), reduction="sum").item()
+    return nats / (len(tokens) - 1)
+
+
+def test_the_harness_has_our_windows_but_for_the_last(folders, text_folder, tmp_path):
+    run = imported(folders("llama")[0], tmp_path)
+    out, (model, _), meta = exported(run, tmp_path), load_model(run), data.read_meta(text_folder)
+    split, tokens = meta["splits"]["val"], data.open_tokens(text_folder, "val", meta)
+    doc, T, dist = whole(text_folder, "val", out)["test"][0], 64, Dist(0, 1, torch.device("cpu"))
+    assert doc["targets"] == len(tokens) - 1 and doc["bytes"] == split["bytes"]
+    rest = doc["targets"] % T
+    ours, cut = (evaluate(model, t, split, T, 8, dist, "fp32")["loss"] for t in (tokens, tokens[:-rest]))
+    assert rest and abs(rolling(out, tokens[:-rest].tolist(), T) - cut) < 1e-5
+    assert 1e-5 < abs(rolling(out, tokens.tolist(), T) - ours) < rest / len(tokens)
+    with pytest.raises(UserError, match="does not give back the tokens of"):
+        Path(out, "tokenizer.json").write_text(json.dumps(pretrained.library_json(tokenizer.Bytes())))
+        whole(text_folder, "val", out)
+
+
+@pytest.mark.slow
+def test_the_harness_itself_gives_these_log_likelihoods(folders, text_folder, tmp_path):
+    assert importlib.util.find_spec("lm_eval"), 'not installed; run:  pip install "lm_eval[hf]"'
+    out = exported(imported(folders("llama")[0], tmp_path), tmp_path)
+    lines = Path("config/lm_eval/split.yaml").read_text().splitlines()
+    command = shlex.split(next(line for line in lines if " -m lm_eval " in line).lstrip("# "))[1:]
+    command[command.index("pretrained=demo_hf")] = f"pretrained={out}"
+    subprocess.run([sys.executable, *command, f"--output_path={tmp_path}/got", "--metadata",
+                    f"data={text_folder}"], check=True)
+    got = json.loads(next((tmp_path / "got").rglob("*.json")).read_text())["results"]["nanomem_split"]
+    tokens = data.open_tokens(text_folder, "val", data.read_meta(text_folder)).tolist()
+    assert abs(math.log(got["perplexity,none"]) - rolling(out, tokens, 64)) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------------------
