@@ -243,6 +243,7 @@ def test_a_folder_holds_one_experiment(place):
         assert Path(place["out_dir"], name, "probes.jsonl").read_text() == kept
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(place, retention):
     """On the cached base, with an own optimiser state, so that sums differ in rounding alone."""
     cfg = config(place, name="two", seeds=1, steps=5, chaos_seeds=0)
