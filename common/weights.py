@@ -21,7 +21,7 @@ import torch
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 2**22  # elements converted at once, where the dtype changes
+CHUNK = 2**20  # elements converted at once, where the dtype changes; larger buffers fragment the heap
 INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 WHOLE = "model.safetensors", "pytorch_model.bin"
 
