@@ -245,7 +245,7 @@ def test_ctrl_c_while_a_script_starts_ends_with_a_line(tmp_path, command):
         where = [f"--data_dir={tmp_path}/{i}", "--tokenizer=bpe:2000"] if "prepare" in command[0] else []
         started.append(subprocess.Popen([sys.executable, *command, *where], stdout=subprocess.DEVNULL,
                                         stderr=subprocess.PIPE, text=True))
-    time.sleep(1)  # until Python has begun with the script, on a busy machine too
+    time.sleep(0.5)  # until Python has begun with the script, on a busy machine too
     for process in started:
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
