@@ -1,5 +1,8 @@
 """loop_train.py on a base of 150,000 parameters: moments, orders, causes, resume."""
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -257,6 +260,22 @@ def test_a_path_in_a_plane_has_two_axes():
     circle = np.stack([np.cos(2 * np.pi * steps / 5), np.sin(2 * np.pi * steps / 5)], axis=1)
     left = loop_figures.without_drift(circle + 7 * steps[:, None], 5)  # a turn in five steps, and a drift
     assert np.allclose(left, circle[2:18])
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(place):
+    """On the cached base, by SGD, whose steps do not magnify what sums differ by in rounding."""
+    options = {"seeds": 1, "cycles": 2, "tail": 0, "state": "fresh", "optimizer": "sgd", "lr": 1e-2}
+    flags = [f"--{k}={v}" for k, v in (SMALL | place | options | {"name": "two"}).items()]
+    main(config(place, **options, name="one"))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    "loop_train.py", *flags], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                   capture_output=True, text=True, timeout=300)
+    one, two = (read_rows(Path(place["out_dir"], name, "probes.jsonl")) for name in ("one", "two"))
+    assert [r["step"] for r in one] == [r["step"] for r in two]
+    for key in ("text", "choices", "facts", "controls"):
+        np.testing.assert_allclose(one[-1][key], two[-1][key], atol=2e-3)
+        assert np.abs(np.subtract(one[-1][key], one[0][key])).max() > 0.05  # something was learned
 
 
 def weights(cfg) -> dict:
