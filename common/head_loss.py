@@ -41,14 +41,19 @@ def nll_rows(logits, targets, grad: bool):
     return loss
 
 
-def chunked_loss(x, weight, bias, row_weights, row_loss, *row_args):
+def chunked_loss(x, weight, bias, row_weights, row_loss, *row_args, others=(), logged: int = 0):
     """Sum over rows of row_weights (N,) * row_loss(the row's logits): a float32 scalar, differentiable in x,
     weight and bias.
 
     row_loss(logits (R, V), *row_args of these rows, grad) returns (R,) in float32 and, with grad, overwrites
-    the logits with its gradient. row_args: tensors of N rows without gradients (targets, a teacher's hidden
-    states)."""
-    return sum_over_chunks(torch.is_grad_enabled(), x, weight, bias, row_weights, row_loss, row_args)
+    the logits with its gradient. row_args: tensors of N rows without gradients (targets).
+    others: more heads (hidden (N, C'), weight (V, C'), bias or None), without gradients. Their logits (R, V)
+    are made chunk by chunk too, and row_loss takes them after row_args.
+    logged: row_loss returns (R, 1 + logged). So many more sums come with the loss (1 + logged,), which is
+    differentiable through its first entry only."""
+    columns = (1 + logged,) if logged else ()
+    return sum_over_chunks(torch.is_grad_enabled(), x, weight, bias, row_weights, row_loss, row_args, others,
+                           columns)
 
 
 @torch.compiler.disable  # its loop would be unrolled for no gain
@@ -58,7 +63,7 @@ def sum_over_chunks(grad: bool, *args):
 
 class ChunkedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, grad, x, weight, bias, row_weights, row_loss, row_args):
+    def forward(ctx, grad, x, weight, bias, row_weights, row_loss, row_args, others, columns):
         (N, C), V, kind = x.shape, weight.size(0), x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):
@@ -66,27 +71,32 @@ class ChunkedLoss(torch.autograd.Function):
             if bias is not None:  # as an extra input of 1: faster than adding it to the logits
                 w = torch.cat((w, bias.detach().to(dtype)[:, None]), dim=1)  # (V, C + 1)
                 inputs = torch.cat((inputs, inputs.new_ones(N, 1)), dim=1)  # (N, C + 1)
-            chunks = max(1, -(-N * V * w.itemsize // CHUNK_BYTES))
+            others = [Head(dtype, *other) for other in others]
+            chunks = max(1, -(-N * V * w.itemsize * (1 + len(others)) // CHUNK_BYTES))
             R = max(1, -(-N // chunks))
             step = max(1, SLICE_ELEMENTS // V) if kind == "cpu" else R
-            buffer = w.new_empty(R, V)
-            losses = torch.empty(N, device=x.device)
+            buffers = [w.new_empty(R, V) for _ in range(1 + len(others))]
+            losses = torch.empty(N, *columns, device=x.device)
             dx = torch.empty_like(x) if grad else None
             learns = grad and any(ctx.needs_input_grad[2:4])  # not so under LoRA
             dw = torch.zeros(w.size(1), V, device=x.device) if learns else None  # (C or C + 1, V), float32
             for start in range(0, N, R):
                 rows = inputs[start:start + R]  # (R, C or C + 1)
-                logits = torch.mm(rows, w.t(), out=buffer[:len(rows)])  # (R, V)
+                logits, *more = (buffer[:len(rows)] for buffer in buffers)  # (R, V) each
+                torch.mm(rows, w.t(), out=logits)
+                for head, out in zip(others, more, strict=True):
+                    head.logits(slice(start, start + R), out)
                 for i in range(0, len(rows), step):
                     own = slice(start + i, start + min(i + step, len(rows)))
-                    losses[own] = row_loss(logits[i:i + step], *(a[own] for a in row_args), grad=grad)
+                    losses[own] = row_loss(logits[i:i + step], *(a[own] for a in row_args),
+                                           *(a[i:i + step] for a in more), grad=grad)
                 if grad:
                     factor = row_weights[start:start + R, None]  # (R, 1)
                     dx[start:start + R] = (logits @ w[:, :C]) * factor
                 if learns:
                     # a mean within the chunk: a sum over many rows may exceed fp16's 65,504
                     dw.add_((rows * (factor / R)).to(dtype).t().contiguous() @ logits, alpha=R)
-            total = torch.dot(losses, row_weights)
+            total = row_weights @ losses  # () or (1 + logged,)
         if grad:
             ctx.save_for_backward(dx, dw)
             ctx.weight, ctx.bias = weight.dtype, None if bias is None else bias.dtype
@@ -96,9 +106,25 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
+        scale, nothing = scale.flatten()[0], (None,) * 5
         if dw is None:
-            return None, dx * scale, None, None, None, None, None
+            return None, dx * scale, None, None, *nothing
         dw.mul_(scale)  # in place, so autograd refuses a second backward
         C = dx.size(1)
         dweight = dw[:C].t().contiguous().to(ctx.weight)  # (V, C)
-        return None, dx * scale, dweight, None if ctx.bias is None else dw[C].to(ctx.bias), None, None, None
+        return None, dx * scale, dweight, None if ctx.bias is None else dw[C].to(ctx.bias), *nothing
+
+
+class Head:
+    """One of the `others` of chunked_loss."""
+
+    def __init__(self, dtype, hidden, weight, bias):
+        self.hidden, self.weight = hidden.detach(), weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+
+    def logits(self, rows: slice, out) -> None:
+        hidden = self.hidden[rows].to(out.dtype)  # (R, C')
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=out)

@@ -54,7 +54,8 @@ def backward(net, batches: list[tuple], dist: Dist, dtype: str, scaler, *, loss_
 
     batches: this process's micro-batches (x (B, T), y (B, T), and whatever else loss_of takes); targets y of
     -1 do not count. loss_of(net, x, y, ..., state=None) -> (mean over the micro-batch's counted targets,
-    state). seeds: for the random generator before each micro-batch, so that dropout is a function of the
+    state); if that mean is a vector, its first entry is trained on, and a vector of the same means is
+    returned. seeds: for the random generator before each micro-batch, so that dropout is a function of the
     samples. tbptt: tokens to back-propagate through at a time, carrying net's state along; 0 = all."""
     device, mean = dist.device, 0.0
     pieces = [(i, *piece) for i, batch in enumerate(batches)
@@ -70,7 +71,8 @@ def backward(net, batches: list[tuple], dist: Dist, dtype: str, scaler, *, loss_
         with contextlib.nullcontext() if last or not dist.grouped else net.no_sync():
             with autocast(dtype, device):
                 loss, state = loss_of(net, *piece, state=state)
-            scaler.scale(loss * shares[n]).backward()
+            trained = loss[0] if loss.dim() else loss
+            scaler.scale(trained * shares[n]).backward()
         mean = mean + loss.detach() * shares[n]
     return dist.reduce(mean.double() / dist.world)
 
