@@ -545,9 +545,8 @@ class LM(nn.Module):
         target, state).
 
         Targets of -1 do not count. A `state` from init_state() is advanced in place, so that the next call
-        continues where this one ended: decoding T tokens one by one equals one pass over T tokens. With
-        experts, the loss in training mode includes expert_balance times the layers' mean balance loss, in
-        which a sequence weighs as much as it has targets.
+        continues where this one ended: decoding T tokens one by one equals one pass over T tokens. The loss
+        includes balance_loss.
         """
         balances = []
         x = self.hidden(tokens, state, balances)  # (B, T, C)
@@ -555,11 +554,17 @@ class LM(nn.Module):
             return self.head(x), state  # (B, T, V)
         # fused: all logits are never held at once
         loss = cross_entropy(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten())
-        if self.training and self.cfg.n_experts:
-            counted = (targets >= 0).sum(dim=1) / (targets >= 0).sum().clamp(min=1)  # (B,)
-            uneven = sum(self.cfg.n_experts * (b * counted).sum() for b in balances) / len(balances)
-            loss = loss + self.cfg.expert_balance * uneven
+        loss = loss + self.balance_loss(balances, targets)
         return loss, state
+
+    def balance_loss(self, balances: list, targets):
+        """expert_balance times the layers' mean balance loss in training mode, else 0; a sequence weighs as
+        much as it has targets (B, T) that count."""
+        if not self.training or not self.cfg.n_experts:
+            return 0.0
+        counted = (targets >= 0).sum(dim=1) / (targets >= 0).sum().clamp(min=1)  # (B,)
+        uneven = sum(self.cfg.n_experts * (b * counted).sum() for b in balances) / len(balances)
+        return self.cfg.expert_balance * uneven
 
     def hidden(self, tokens, state: DecodingState | None = None, balances: list | None = None):
         """tokens (B, T) -> the head's input: the final norm's output (B, T, C), with embed_rank reduced to

@@ -20,9 +20,9 @@ from common import distributed, tokenizer
 from common.chat import Turns, format_of
 from common.checkpoint import check_tokenizer
 from common.config import UserError, launch
-from common.console import say
 from common.files import write_json
 from common.run import MachineConfig
+from common.samples import next_token_table, next_tokens
 from common.splits import Piece
 from common.stream import StreamDecoder
 from common.token_files import SplitWriter, clean_up, new_folder
@@ -136,25 +136,6 @@ def chat(path: str, model, tok, cfg: SampleConfig, generator) -> Turns:
     return turns
 
 
-@torch.no_grad()
-def next_tokens(model, tok, ids, k: int) -> list[tuple[str, float]]:
-    """The k most probable tokens after the tokens `ids` (1, T), with their probabilities."""
-    if model.pos_embed is not None and ids.size(1) > model.cfg.max_seq_len:
-        say(f"the prompt has {ids.size(1):,} tokens, but the model only {model.cfg.max_seq_len:,} positions: "
-            "only the end of the prompt is read")
-        ids = ids[:, -model.cfg.max_seq_len:]
-    logits = model.step(ids, None)[0, :model.n_tokens]  # (V,)
-    top = logits.softmax(dim=-1).topk(min(k, model.n_tokens))
-    return [(tok.decode([int(i)]), float(p)) for p, i in zip(top.values, top.indices, strict=True)]
-
-
-def print_table(prompt: str, columns: dict[str, list[tuple[str, float]]]) -> None:
-    width = max(24, *(len(name) + 2 for name in columns))
-    print(f"\n{prompt!r}\n    " + "".join(f"{name:<{width}}" for name in columns))
-    for rank, row in enumerate(zip(*columns.values(), strict=False), 1):
-        print(f"{rank:>2}  " + "".join(f"{p:7.2%}  {token!r:<{width - 9}}" for token, p in row))
-
-
 def write_documents(path: str, model, tok, cfg: SampleConfig, generator) -> dict:
     """Write sampled documents of up to max_seq_len tokens as the training split of the folder cfg.write;
     returns its counts. Ids are kept as sampled."""
@@ -237,7 +218,7 @@ def main(cfg: SampleConfig) -> dict:
                     found[path][-1] += piece
                 print()
         if cfg.top_tokens:
-            print_table(prompt, found)
+            print(f"\n{prompt!r}\n{next_token_table(found)}")
     return results
 
 

@@ -23,9 +23,11 @@ from common.config import UserError, launch
 from common.console import StepBar, resume_command, say
 from common.conversations import ChatRows, Chats
 from common.data import Mixed, Text, Windows, open_beside, open_text, read_meta, samples
-from common.evaluate import evaluate
+from common.evaluate import evaluate, measures_text
 from common.files import read_rows, write_text
-from common.run import Run, RunConfig
+from common.plan import Plan, choose_micro_batch, make_plan
+from common.run import Run, RunConfig, way_back
+from common.samples import continue_prompts
 from common.source import carry_moments, inherit
 from common.step import NotFinite, backward, check_gradients, choose_compile, update, wrap
 from common.stop import StopRequest
@@ -184,57 +186,6 @@ def samples_of(cfg: TrainConfig, text: Text) -> Windows | ChatRows | Mixed:
 # Plan: what the run will be, in numbers
 
 
-@dataclass
-class Plan:
-    world: int
-    micro: int  # sequences per forward pass
-    accumulation: int  # forward passes per step and process
-    per_epoch: int  # training windows per epoch; 0 = unknown
-    steps: int  # optimiser steps of the whole run
-    dtype: str = "fp32"
-    compiled: bool = False
-    flops_per_token: float = 0.0
-    peak_flops: float = 0.0  # of all devices together; 0 = unknown
-    notes: list[str] = field(default_factory=list)  # lines to print
-
-    def evaluates(self, step: int, cfg: TrainConfig) -> bool:
-        """Whether an evaluation follows this step, counted from 1."""
-        if step == self.steps or cfg.eval_interval:
-            return step == self.steps or step % cfg.eval_interval == 0
-        return step * cfg.batch_size // self.per_epoch > (step - 1) * cfg.batch_size // self.per_epoch
-
-    def samples(self, step: int, rank: int) -> list[int]:
-        """The first training sample of each of this process's micro-batches."""
-        first = (step * self.world + rank) * self.accumulation * self.micro
-        return [first + i * self.micro for i in range(self.accumulation)]
-
-
-def make_plan(cfg: TrainConfig, world: int, per_epoch: int, micro: int) -> Plan:
-    if cfg.batch_size % (micro * world):
-        fits = math.ceil(cfg.batch_size / (micro * world)) * micro * world
-        raise UserError(f"batch_size={cfg.batch_size} does not split into {world} processes x "
-                        f"micro_batch_size={micro}; use --batch_size={fits}")
-    epochs = cfg.epochs if cfg.epochs >= 0 else 0 if cfg.max_steps else 1
-    ends = [max(1, math.ceil(epochs * per_epoch / cfg.batch_size))] if epochs else []
-    ends += [cfg.max_steps] if cfg.max_steps else []
-    return Plan(world, micro, cfg.batch_size // (micro * world), per_epoch, min(ends))
-
-
-def choose_micro_batch(cfg: TrainConfig, needs: fit.Needs, dist, room: float, began: int) -> tuple[int, str]:
-    """(sequences per forward pass, a line to print if the run `began` with another number; 0 = a new run). It
-    is kept while it fits: with another one dropout draws other masks, and sums round differently."""
-    splits = began and cfg.batch_size % (began * dist.world) == 0
-    if not cfg.micro_batch_size and splits and dist.min(needs.peak(began, dist.world) <= room):
-        return began, ""
-    micro = cfg.micro_batch_size or fit.largest_micro_batch(needs, dist, room)
-    if began in (0, micro):
-        return micro, ""
-    why = "as asked" if cfg.micro_batch_size else \
-        f"{began} no longer fit" if splits else f"{began} do not divide among {dist.world} processes"
-    effect = "dropout draws other masks from here on" if cfg.dropout else "losses agree only up to rounding"
-    return micro, f"note        micro-batch {began} at the start of the run, now {micro}: {why}; {effect}"
-
-
 def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: float, began=0) -> Plan:
     dtype, why = distributed.choose_dtype(cfg.dtype, dist.device)
     windows = samples_of(cfg, text).per_epoch if text else 0
@@ -349,7 +300,7 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
                             train_loss=loss.item(), lr=lr, grad_norm=norm if math.isfinite(norm) else None,
                             seconds=round(run.seconds, 3))
             bar.show(f"epoch {progress.step * cfg.batch_size / plan.per_epoch:.2f}, loss {loss.item():.3f}, "
-                     f"lr {lr:.1e}, {speed_text(cfg, plan, bar.speed, dist.device)}")
+                     f"lr {lr:.1e}, {plan.speed_text(cfg, bar.speed, dist.device)}")
             due = plan.evaluates(progress.step, cfg)  # if so, the evaluation saves
             if stopping or not due and run.save_is_due(cfg.save_minutes):
                 save("last.pt")
@@ -393,7 +344,7 @@ def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progre
         progress.ended = "early stop"
     if not run.dist.is_main:
         return better
-    samples = sample_prompts(model, text.tok, cfg, run.dist.device)
+    samples = continue_prompts(model, text.tok, cfg, run.dist.device)
     tokens, epoch = step * cfg.batch_size * cfg.max_seq_len, step * cfg.batch_size / plan.per_epoch
     losses = {n: r["loss"] for n, r in results.items() if n not in others}
     by_length = {"val_loss_by_length": {str(n): v for n, v in losses.items()}} if cfg.eval_lens else {}
@@ -403,7 +354,7 @@ def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progre
     say(f"step {step:>7,}  epoch {epoch:6.2f} | "
         + (f"train {train_loss:.4f}" if step else f"{'before':<12}") + f" | val {result['loss']:.4f}"
         f"{'*' if better else ' '} {measures_text(result)}"
-        + f" | {speed_text(cfg, plan, speed, run.dist.device)}" * (step > 0))
+        + f" | {plan.speed_text(cfg, speed, run.dist.device)}" * (step > 0))
     for name in others:
         lost = f", {result[f'{name}_forgotten']:+.4f} since step 0" * (name in progress.first)
         say(f"              {name}: loss {result[f'{name}_loss']:.4f}{lost}")
@@ -432,32 +383,6 @@ def on_others(others: dict, first: dict) -> dict:
         if name in first:
             out[f"{name}_forgotten"] = r["loss"] - first[name]
     return out
-
-
-def sample_prompts(model: LM, tok, cfg: TrainConfig, device) -> dict[str, str]:
-    """{prompt: its continuation}, with the same seed at every evaluation, so that texts compare."""
-    model.eval()
-    texts = {}
-    for prompt in cfg.prompts:
-        ids = torch.tensor([[tok.eot, *tok.encode(prompt)]], device=device)  # (1, T)
-        room = cfg.max_seq_len - ids.size(1) if cfg.pos == "learned" else cfg.sample_tokens
-        new = model.generate(ids, min(cfg.sample_tokens, room), temperature=0.8, top_k=50,
-                             stop_tokens=[tok.eot], generator=torch.Generator(device).manual_seed(cfg.seed))
-        texts[prompt] = tok.decode([i for i in (int(t) for t in new) if i != tok.eot])
-    model.train()
-    return texts
-
-
-def speed_text(cfg: TrainConfig, plan: Plan, speed: float, device) -> str:
-    """From steps per second: tokens/s, MFU if the device's peak is known, and peak memory."""
-    tokens = speed * cfg.batch_size * cfg.max_seq_len
-    mfu = f", MFU {plan.flops_per_token * tokens / plan.peak_flops:.0%}" if plan.peak_flops else ""
-    return f"{tokens:,.0f} tok/s{mfu}, {distributed.peak_memory(device):.2f} GB"
-
-
-def measures_text(result: dict) -> str:
-    return (f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits/byte, "
-            f"word perplexity {result['word_perplexity']:.1f}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -523,17 +448,6 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
         say(f"{'resuming' if saved else 'starting':<11} {run.folder} at step {progress.step:,} of "
             f"{plan.steps:,}" + (f", {progress.ended}" if progress.ended else ""))
     return model, optimizer, scaler, progress
-
-
-def way_back(cfg: TrainConfig, run: Run) -> str:
-    """What to type after a loss that is not finite."""
-    lower = f"--lr={min(cfg.lr / 3, 1e-3):.1e}"
-    if cfg.optimizer == "muon":
-        lower += f" --muon_lr={min(cfg.muon_lr / 3, 0.02):.1e}"
-    if os.path.exists(run.path("last.pt")):
-        return (f"the last save is from before; continue from it in a new run with:  "
-                f"--init_from={run.path('last.pt')} --name={cfg.name}_lower {lower}")
-    return f"nothing was saved yet; try:  {lower} --warmup_steps=100"
 
 
 def finish(cfg: TrainConfig, plan: Plan, run: Run, progress: Progress, model: LM) -> dict:

@@ -1,4 +1,5 @@
 """Checkpoints: written atomically, loaded as data, never as code."""
+import hashlib
 import os
 import pickle
 import re
@@ -29,6 +30,12 @@ def find(path: str) -> str:
     if not os.path.exists(path):
         raise CheckpointError(f"no checkpoint at {path}; runs keep theirs in out/NAME/")
     return path
+
+
+def file_sha256(path: str) -> str:
+    """Of the file that find(path) names."""
+    with open(find(path), "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def load(path: str, keys=("model", "config"), map_location="cpu", int8: bool = False,

@@ -26,6 +26,11 @@ def measures(nats: float, right: float | None, targets: float, split: dict) -> d
             **({} if right is None else {"top1": right / targets})}
 
 
+def measures_text(result: dict) -> str:
+    return (f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits/byte, "
+            f"word perplexity {result['word_perplexity']:.1f}")
+
+
 @torch.inference_mode()
 def evaluate(model, tokens, split: dict, seq_len: int, batch_size: int, dist: Dist, dtype: str, *,
              stop=None, top1: bool = False, by_logits: bool = False, label: str = "loss") -> dict | None:

@@ -78,6 +78,7 @@ class Needs:
         self.head = self.model.head.weight.numel() * 4
         self.head_trains = self.model.head.weight.requires_grad
         self.logits = length * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
+        self.beside = []  # models read beside the one that is trained
         self.base, self.slack = 0.0, 1.0
         if device.type == "cpu":  # the whole process; measured: libraries, heap fragmentation
             self.base, self.slack = distributed.resident_memory() * 1e9 + 6e7, 1.08
@@ -89,12 +90,27 @@ class Needs:
         forward = self.fixed + sequences * self.per_sequence + loss + bool(gradients_stay) * self.gradients
         # gradients, and the two summed for a tied embedding
         backward = self.gradients + self.head_trains * 2 * self.head
-        return self.base + self.slack * (self.parameters + self.states + max(forward, backward))
+        beside = sum(r.weights + sequences * r.per_sequence for r in self.beside)
+        return self.base + self.slack * (self.parameters + self.states + beside + max(forward, backward))
 
     def evaluated_at_once(self, sequences: int) -> int:
         """How many sequences fit without gradients where training on `sequences` fits: only one block's
         activations are alive at a time."""
         return max(sequences, int(sequences * self.per_sequence / self.layer))
+
+
+class Reading:
+    """The memory in bytes of a forward pass of make_model(cfg) without gradients: its weights, held in the
+    dtype of the matmuls, and one block's activations and the output for each sequence."""
+
+    def __init__(self, make_model, cfg, seq_len: int, dtype: str):
+        size = 4 if dtype == "fp32" else 2
+        with fake_tensors():
+            self.model = make_model(cfg)
+            one, two = (kept_by_autograd(self.model, n, seq_len, dtype) for n in (1, 2))
+        self.weights = size * sum(p.numel() for p in self.model.parameters())
+        output = size * seq_len * self.model.head.in_features
+        self.per_sequence = (two - one) / self.model.trunk.depth + output
 
 
 def states_of(cfg) -> int:

@@ -67,7 +67,7 @@ class RunConfig(MachineConfig):
 
 LOGS = ("metrics.jsonl", "probes.jsonl")
 FILES = ("last.pt", "best.pt", "int8.pt", "merged.pt", *LOGS, "samples.txt", "loss.png", "facts.jsonl",
-         "summary.json", "table.md", "effect.png", "config.json")
+         "summary.json", "table.md", "effect.png", "config.json", "distill.png", "report.md")
 
 
 class Run:
@@ -196,11 +196,24 @@ class Run:
         return row
 
 
+def way_back(cfg: RunConfig, run: Run) -> str:
+    """What to type after a loss that is not finite."""
+    lower = f"--lr={min(cfg.lr / 3, 1e-3):.1e}"
+    if cfg.optimizer == "muon":
+        lower += f" --muon_lr={min(cfg.muon_lr / 3, 0.02):.1e}"
+    if os.path.exists(run.path("last.pt")):
+        return (f"the last save is from before; continue from it in a new run with:  "
+                f"--init_from={run.path('last.pt')} --name={cfg.name}_lower {lower}")
+    return f"nothing was saved yet; try:  {lower} --warmup_steps=100"
+
+
 def differences_to(saved: dict, cfg: RunConfig, data_sha256: str, free: set[str] | None = None) -> list[str]:
     """Why `cfg`, with training tokens of this hash, cannot resume `saved`; options in `free` may differ."""
     out = cfg.differences(saved["config"], free)
     if saved["data_sha256"] != data_sha256:
         replayed = f" or {cfg.replay_data}" if getattr(cfg, "replay", 0) else ""
+        if teachers := getattr(cfg, "teacher", ()):
+            replayed += f", or the weights of {', '.join(teachers)},"
         out.append(f"data: the training tokens in {cfg.data}{replayed} are not those the run began with")
     return out
 
