@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 LOGITS = 2**24  # probabilities held at once: 64 MB in float32, and twice that in float64 to draw from them
-SAMPLE_ROWS = 64  # rows that estimate() looks at
+SAMPLE = 2**14  # tokens that estimate() looks at, about
 BINS = 15  # of the calibration error
 
 # ------------------------------------------------------------------------------------------------------------
@@ -117,19 +117,19 @@ def estimate(folder: str, source: Source) -> list[str]:
         raise UserError(f"{kind}: the vocabulary has only {V} ids; use {kind.name}:{V}")
     free, need = check_room(folder, source), sum(source.sizes().values())
     N = int(source.examples.counts.sum())
-    sample = np.sort(np.random.default_rng(source.seed).permutation(R)[:SAMPLE_ROWS])
+    sample = np.random.default_rng(source.seed).permutation(R)[:max(1, SAMPLE * R // N)]
     bins, sums = torch.zeros(2, BINS, 2, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for _, y, chunks in source.records(sample):
+    for _, y, chunks in source.records(np.sort(sample)):
         targets, done = torch.from_numpy(y[y >= 0]), 0  # (M,)
         for p, records in chunks:
-            p, (ids, probs, tail, _) = p.cpu(), decode(records, kind, V)
+            ids, probs, tail, _ = (a if a is None else a.to(p.device) for a in decode(records, kind, V))
             q = torch.zeros_like(p) if tail is None else (tail / max(1, V - kind.n))[:, None].expand_as(p)
             q = q.scatter(1, ids, 0.0).scatter_add(1, ids, probs)  # (m, V): the cache's, a tail spread evenly
             for own, (best, chosen) in zip(bins, (p.max(dim=-1), q.max(dim=-1)), strict=True):
-                own += calibration(best, chosen == targets[done:done + len(p)])
+                own += calibration(best.cpu(), chosen.cpu() == targets[done:done + len(p)])
             variance = (1 - p.square().sum(dim=-1)) / kind.n  # (m,): of q, summed over ids
-            sums += torch.stack([a.double().sum() for a in (
-                torch.ones(len(p)), p.gather(1, ids), (p - q).abs() / 2, variance)])
+            sums += torch.tensor([len(p), *(float(a.double().sum()) for a in (
+                p.gather(1, ids), (p - q).abs() / 2, variance))])
             done += len(p)
     all_sums = source.dist.sum(*sums.tolist(), *bins.flatten().tolist())
     (count, mass, distance, variance), bins = all_sums[:4], torch.tensor(all_sums[4:]).view(2, BINS, 2)
