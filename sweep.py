@@ -62,11 +62,13 @@ class SweepOptions(Config):
     jobs: int = 1  # runs at a time; they share cores, memory (set micro_batch_size) and GPUs
     metric: str = "loss"  # the result to compare: loss, bits_per_byte or another number that runs report
     against: str = ""  # a second result: also draw the metric against it, a dot per run
+    also: tuple[str, ...] = ()  # more results, whose means become columns of the table
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "seeds", "jobs")
         if self.script != self.SCRIPT_CONFIG.__module__:
-            out.append(f"script must be given as the flag --script={self.script}, with '='")
+            out.append(f"script must be given as the flag --script={self.script}, with '=', or in the first "
+                       "config file as script = ...")
         if getattr(self, "max_minutes", 0):
             out.append("max_minutes would end runs halfway; use --max_steps or --epochs")
         return out or make_arms(self)[1]
@@ -240,7 +242,8 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
     for arm in arms:
         rows = {r.seed: r.row for r in runs if r.arm is arm and r.row}
         scores = {seed: score_of(row, cfg.metric) for seed, row in rows.items()}
-        against = {seed: score_of(row, cfg.against) for seed, row in rows.items()} if cfg.against else {}
+        others = {name: {seed: score_of(row, name) for seed, row in rows.items()}
+                  for name in (*[cfg.against] * bool(cfg.against), *cfg.also)}
         base = results[0]["scores"] if results else {}
         seeds = [s for s in scores if s in base]
         effect = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds])
@@ -251,7 +254,9 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
         results.append({
             "arm": arm.text, "changes": arm.changes, **means, "seconds": seconds,
             "tokens_per_second": means["tokens"] / max(seconds, 1e-9), "metric": cfg.metric, "scores": scores,
-            "against": against, "mean": statistics.fmean(scores.values() or [math.nan]),
+            "against": others.get(cfg.against, {}),
+            "also": {k: statistics.fmean(scored.values() or [math.nan]) for k, scored in others.items()},
+            "mean": statistics.fmean(scores.values() or [math.nan]),
             "sd": statistics.stdev(scores.values()) if len(scores) > 1 else math.nan,
             "differences": {s: scores[s] - base[s] for s in seeds}, "difference": effect.mean,
             "low": effect.low, "high": effect.high, "p": effect.p,
@@ -272,9 +277,9 @@ def table(cfg: SweepConfig, results: list[dict]) -> str:
                    *(r[key] for key in ("mean", "sd", "difference", "low", "high", "p", "p_holm"))]
         lines.append([r["arm"], *(format(x, form) if math.isfinite(x) else ""
                                   for x, form in zip(numbers, forms, strict=True))])
-    if cfg.against:
-        means = [f"{statistics.fmean(r['against'].values() or [math.nan]):.4f}" for r in results]
-        lines = [[*line, cell] for line, cell in zip(lines, [cfg.against, *means], strict=True)]
+    for name in results[0]["also"]:
+        cells = [name, *(f"{r['also'][name]:.4g}" for r in results)]
+        lines = [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
     return grid(lines)
 
 
@@ -392,7 +397,13 @@ def report(cfg: SweepConfig, arms: list[Arm], runs: list[Run], folder: str) -> d
 
 
 def chosen_config() -> type:
-    return sweep_config(next((a.partition("=")[2] for a in sys.argv if a.startswith("--script=")), "train"))
+    """For the script named by the flag, or by a line of the first config file, or train."""
+    flags = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--script=")]
+    files = [a for a in sys.argv[1:] if a.endswith(".py") and not a.startswith("-") and os.path.isfile(a)]
+    for path in files[:1]:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            flags += re.findall(r"""^script *= *["'](\w+)["']""", f.read(), re.M)
+    return sweep_config((flags or ["train"])[0])
 
 
 if __name__ == "__main__":

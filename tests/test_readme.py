@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import bench
+import distill
 import loop_train
 import memory_probe
 import optimizer_probe
@@ -30,7 +31,8 @@ SCRIPTS = {module.__name__ + ".py": (module.main, cls) for module, cls in (
     (prepare_data, prepare_data.PrepareConfig), (sweep, sweep.SweepConfig),
     (quantize, quantize.QuantizeConfig), (recall_probe, recall_probe.RecallConfig),
     (memory_probe, memory_probe.ProbeConfig), (loop_train, loop_train.LoopConfig),
-    (optimizer_probe, optimizer_probe.SteerConfig), (pretrained, pretrained.PretrainedConfig))}
+    (optimizer_probe, optimizer_probe.SteerConfig), (pretrained, pretrained.PretrainedConfig),
+    (distill, distill.DistillConfig))}
 CONFIGS = sorted(str(p) for p in Path("config").glob("*.py"))
 README = Path("README.md").read_text()
 

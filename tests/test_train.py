@@ -64,16 +64,16 @@ def assert_same_run(a, b):
             assert one["progress"][key] == two["progress"][key]
 
 
-def signal_at(monkeypatch, step, number=signal.SIGTERM):
+def signal_at(monkeypatch, step, number=signal.SIGTERM, script=train):
     """The process gets a signal while it computes this step."""
-    real = train.set_learning_rates
+    real = script.set_learning_rates
 
     def set_learning_rates(optimizer, cfg, now, steps):
         if now == step:
             os.kill(os.getpid(), number)
         return real(optimizer, cfg, now, steps)
 
-    monkeypatch.setattr(train, "set_learning_rates", set_learning_rates)
+    monkeypatch.setattr(script, "set_learning_rates", set_learning_rates)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -269,11 +269,11 @@ def test_training_goes_on_from_other_weights(small, bpe_corpus):
 # Processes
 
 
-def torchrun(cfg, world):
+def torchrun(cfg, world, script="train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}",
-               "train.py"]
-    command += [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-                for k, v in dataclasses.asdict(cfg).items() if v != ()]
+               script]
+    command += [f"--{k}={value}" for k, v in dataclasses.asdict(cfg).items()
+                for value in (v if isinstance(v, tuple) else (v,))]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
                           timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

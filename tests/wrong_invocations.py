@@ -23,6 +23,7 @@ import traceback
 import typing
 
 import bench
+import distill
 import loop_train
 import memory_probe
 import optimizer_probe
@@ -50,6 +51,8 @@ def scripts(out: str, corpus: str, run: str) -> dict[str, tuple]:
         f.write("It was the best of times, it was the worst of times.\n" * 300)
     return {
         "train": (train.main, train.TrainConfig, [*SMALL, f"--data={corpus}", f"--out_dir={out}/out"]),
+        "distill": (distill.main, distill.DistillConfig, [
+            *SMALL, f"--data={corpus}", f"--out_dir={out}/out", f"--teacher={run}"]),
         "sample": (sample.main, sample.SampleConfig, [run, "--device=cpu", "--max_new_tokens=2"]),
         "quantize": (quantize.main, quantize.QuantizeConfig, [run, "--device=cpu", "--speed_tokens=0"]),
         "sweep": (sweep.main, sweep.SweepConfig, [
