@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 
 import bench
+import distill
 import loop_train
 import memory_probe
 import optimizer_probe
@@ -27,7 +28,8 @@ SCRIPTS = {"train.py": train.TrainConfig, "sample.py": sample.SampleConfig, "ben
            "prepare_data.py": prepare_data.PrepareConfig, "sweep.py": sweep.SweepConfig,
            "quantize.py": quantize.QuantizeConfig, "recall_probe.py": recall_probe.RecallConfig,
            "memory_probe.py": memory_probe.ProbeConfig, "loop_train.py": loop_train.LoopConfig,
-           "optimizer_probe.py": optimizer_probe.SteerConfig, "pretrained.py": pretrained.PretrainedConfig}
+           "optimizer_probe.py": optimizer_probe.SteerConfig, "pretrained.py": pretrained.PretrainedConfig,
+           "distill.py": distill.DistillConfig}
 
 
 @dataclasses.dataclass
@@ -260,11 +262,14 @@ def test_help_exits_with_0(capsys):
 
 
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
-def test_every_config_loads_and_says_what_it_asks(path):
+def test_every_config_loads_and_says_what_it_asks(path, monkeypatch):
     kinds = {"probe": memory_probe.ProbeConfig, "loop": loop_train.LoopConfig,
              "steer": optimizer_probe.SteerConfig, "rates": optimizer_probe.SteerConfig,
-             "sweep": sweep.SweepConfig}
+             "exp9": distill.DistillConfig, "exp10": distill.DistillConfig}
     cls = kinds.get(path.stem.split("_")[0], train.TrainConfig)
+    if path.stem.startswith("sweep"):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", str(path)])
+        cls = sweep.chosen_config()
     assert load(cls, [str(path)]).name == path.stem
     head = path.read_text().splitlines()[:4]
     if path.stem.startswith(("exp", "mini")):

@@ -1,0 +1,13 @@
+# Question: does a small student learn more from a teacher than from the text alone, at equal tokens, and at
+# equal compute with the teacher's included?
+#   python train.py config/demo.py && python sweep.py config/sweep_distill.py
+# The controls read the same text without a teacher: as many tokens, as many FLOPs, or as many FLOPs as with a
+# cache, for which the teacher is run once. Each has three learning rates; compare the best with the best.
+from config.exp10_small import *
+
+script = "distill"
+lr = 1e-2
+arm = ("lr=5e-3", "lr=2e-2", "without_teacher=tokens lr=5e-3", "without_teacher=tokens",
+       "without_teacher=tokens lr=2e-2", "without_teacher=cached", "without_teacher=compute")
+also = ("soft", "agreement")
+seeds = 3
