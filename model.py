@@ -165,6 +165,7 @@ class Attention(nn.Module):
         self.scale = nn.Parameter(torch.empty(self.n_heads)) if cfg.attn_scale else None  # (H,)
         self.sink = nn.Parameter(torch.empty(self.n_heads)) if cfg.attn_sink else None  # (H,)
         self.specs = {"qkv_scale": ONES, "qkv_bias": ZEROS, "scale": ONES, "sink": ZEROS}
+        self.watch = None  # called with q and k as they are scored (common/matching.py)
 
     def init_state(self) -> KVCache:
         return KVCache(self.window)
@@ -187,6 +188,8 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if self.scale is not None:
             q = q * self.scale[:, None, None].to(q.dtype)  # (B, H, T, D)
+        if self.watch is not None:
+            self.watch(q, k)
         filled = None
         if state is not None:
             k, v = state.append(k, v)  # (B, G, S, D)
