@@ -7,8 +7,7 @@ from common import head_loss
 from common.distill_loss import DIVERGENCES, Mix, cached_loss, two_headed_loss
 from common.distributed import Dist
 from common.step import backward
-from tests.test_head_loss import Made
-from tests.test_model import tiny, tokens
+from model import LM, ModelConfig
 
 import pytest
 import torch
@@ -187,6 +186,7 @@ def test_autocast_errs_no_more_than_the_plain_loss(kind, dtype):
 
 
 def test_logits_of_the_batch_are_never_held(monkeypatch):
+    from tests.test_head_loss import Made  # here, or the processes below would import transformers too
     monkeypatch.setattr(head_loss, "CHUNK_BYTES", 40_000)
     g = torch.Generator().manual_seed(0)
     x, weight, hidden, head = (torch.randn(*shape, generator=g) for shape in
@@ -344,7 +344,9 @@ class Distilled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.student, self.heads = tiny(), [tiny(seed=4), tiny(seed=5, d_model=48)]
+        torch.manual_seed(0)
+        self.student, *self.heads = (LM(ModelConfig(vocab_size=V, d_model=d, n_layers=1, n_heads=2,
+                                                    max_seq_len=20)) for d in (16, 16, 24))
 
     def forward(self, x, y, state=None):
         with torch.no_grad():
@@ -364,7 +366,7 @@ def step_of(net, batches, dist):
 
 def batch_with_gaps():
     """Row i of 8 has i targets that count, so the first has none."""
-    x, y = tokens(8, 20), tokens(8, 20, seed=2)
+    x, y = torch.randint(V, (2, 8, 20), generator=torch.Generator().manual_seed(1))
     for i in range(8):
         y[i, i:] = -1
     return x, y
