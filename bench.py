@@ -5,6 +5,7 @@
     python bench.py --peer=../nanoGPT --shapes=exp3,d256,exp6  # against a checkout of nanoGPT
     python bench.py --peer=../nanoGPT --peer=transformers --shapes=generate
     python bench.py --shapes=qwen2,qwen2_decode --peer=transformers
+    python bench.py --shapes=distill_loss --dtype=bf16
     python bench.py --shapes=context32,context512,scan1,scan8  # recurrent mixers
     python bench.py --shapes=decoding --plot=decoding.png      # memory and time per token at length
     python bench.py --shapes=tiny --rounds=2                   # a smoke test
@@ -26,6 +27,9 @@ Shapes
     qwen2         a model shaped as Qwen2 (60M: d_model 320, 8 layers, vocabulary 151,936), 4 x 256 tokens a
                   step; with --peer=transformers against its Qwen2 in the same dtype, eager and compiled
     qwen2_decode  128 new tokens in one sequence with the same models
+    distill_loss  forward and backward of KL(teacher || student) through both heads, from hidden states of
+                  width 256 and 896; 2,048 tokens, vocabulary 151,936; against nn.KLDivLoss on all logits of
+                  both, and with every second token masked
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
     overhead      share of exp3's step spent outside forward and loss, backward, clipping and optimiser
     tiny          a smoke test
@@ -53,6 +57,7 @@ from typing import Literal, NamedTuple
 from common import data, distributed
 from common.config import UserError, launch, load
 from common.console import say
+from common.distill_loss import Mix, two_headed_loss
 from common.files import write_json
 from common.int8 import to_int8
 from common.race import HEAD, SPAWN, Arm, Runner, aligned, cells, compare, race, timed, warm_up
@@ -87,6 +92,7 @@ SHAPES = {  # name: sequences per step, the config file, options on top of it
     "context512": (512, "newllm_baseline", {}), "scan1": (1, "newllm_scan", {"max_seq_len": 1024}),
     "scan8": (8, "newllm_scan", {"max_seq_len": 1024}), "decoding": (1, "newllm_baseline", {}),
     "qwen2": (4, "", QWEN2 | {"max_seq_len": 256}), "qwen2_decode": (1, "", QWEN2 | {"max_seq_len": 128}),
+    "distill_loss": (1, "", {"vocab_size": 151_936, "d_model": 256, "max_seq_len": 2048}),
     "generate": (1, "exp6", {}), "int8": (1, "exp6", {}), "startup": (8, "demo", {}),
     "overhead": (8, "exp3", {}), "tiny": (2, "", {"max_seq_len": 32, "d_model": 32, "n_layers": 2,
                                                   "n_heads": 2, "vocab_size": 512})}
@@ -269,6 +275,44 @@ def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compil
     tokens(length if compile else 8)  # warm-up; a compiled step is specific to the cache size
     return Runner(lambda: length / timed(lambda: tokens(length), 1, device),
                   note=name + ", compiled" * compile)
+
+
+def distill_loss(cfg: BenchConfig, shape: Shape, folder: str, plain: bool = False, masked: bool = False,
+                 teacher_width: int = 896) -> Runner:
+    """Gradients of one micro-batch's loss. The student's head is in float32 under autocast, as in training;
+    the teacher's is in the dtype of the matmuls, as it was loaded."""
+    device = distributed.setup(cfg.device).device
+    name = distributed.choose_dtype(cfg.dtype, device)[0]
+    if device.type == "cpu":
+        distributed.keep_freed_memory()
+    m, scale = shape.model, 1024.0 if name == "fp16" else 1.0
+    N, V, C = shape.batch * m["max_seq_len"], m["vocab_size"], m["d_model"]
+
+    def head_of(width, dtype):  # logits of about unit variance
+        x, weight = (torch.randn(n, width, device=device, dtype=dtype) for n in (N, V))
+        return x, weight.mul_(width ** -0.5)
+    x, weight = (leaf.requires_grad_() for leaf in head_of(C, torch.float32))
+    hidden, teacher = head_of(teacher_width, distributed.DTYPES[name])
+    targets = torch.randint(V, (N,), device=device)
+    if masked:
+        targets[::2] = -1
+
+    def loss_of():
+        if not plain:
+            return two_headed_loss(x, weight, None, targets, [(hidden, teacher, None)], Mix())[0]
+        log_q = F.linear(x, weight).log_softmax(dim=-1)  # (N, V)
+        with torch.no_grad():
+            p = F.linear(hidden, teacher).softmax(dim=-1)  # (N, V)
+        return nn.KLDivLoss(reduction="batchmean")(log_q, p)
+
+    def step():
+        with distributed.autocast(name, device):
+            loss = loss_of()
+        (loss * scale).backward()
+        grads, x.grad, weight.grad = (x.grad, weight.grad), None, None
+        return grads
+    return Runner(training(step, shape, cfg, device), note=name, dtype=name,
+                  flops=2 * V * (3 * C + teacher_width) / (1 + masked))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -454,6 +498,9 @@ ARMS = {  # of the shapes that are not simply training against peers
     "int8": lambda name, shape, cfg, _: [
         Arm("nanoMem", generate, shape, {"dtype": dtype, "compile": cfg.compile == "true"})
         for dtype in ("int8", "fp32")],
+    "distill_loss": lambda name, shape, *_: [
+        Arm("two_headed_loss", distill_loss, shape), Arm("all logits", distill_loss, shape, {"plain": True}),
+        Arm("half masked", distill_loss, shape, {"masked": True})],
     **dict.fromkeys(("context32", "context512", "scan1", "scan8"), recurrent_arms),
     "decoding": decoding_arms, "generate": generation_arms, "qwen2": qwen2_arms,
     "qwen2_decode": lambda name, shape, cfg, machine: generation_arms(

@@ -135,7 +135,7 @@ def divergence(mix: Mix, log_p, log_q, grad: bool):
     q, kind = log_q.exp(), mix.divergence
     if kind == "forward_kl":
         p = log_p.exp()
-        D, w = (p * (log_p - log_q)).sum(dim=-1), -p
+        D, w = (p * (log_p - log_q)).sum(dim=-1), p.neg_()
     elif kind == "reverse_kl":
         w = q * (log_q - log_p)
         D = w.sum(dim=-1)
@@ -156,7 +156,8 @@ def divergence(mix: Mix, log_p, log_q, grad: bool):
         D, w = difference.abs().sum(dim=-1) / 2, q * sign / 2
     else:
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}; got {kind!r}")
-    return mix.temperature ** 2 * D, w - q * w.sum(dim=-1, keepdim=True) if grad else None
+    d_logits = torch.addcmul(w, q, w.sum(dim=-1, keepdim=True), value=-1) if grad else None
+    return mix.temperature ** 2 * D, d_logits
 
 
 def mixed(mix: Mix, logits, z, targets, soft, d_soft, log_q, grad: bool):
@@ -168,7 +169,8 @@ def mixed(mix: Mix, logits, z, targets, soft, d_soft, log_q, grad: bool):
         log_q = torch.log_softmax(z, dim=-1) if learns else None
     hard = torch.logsumexp(z, dim=-1) - z[at] if log_q is None else -log_q[at]  # (R,)
     if grad:
-        total = torch.zeros_like(z) if d_soft is None else d_soft.mul_(mix.alpha * mix.temperature)
+        total, factor = torch.zeros_like(z) if d_soft is None else d_soft, mix.alpha * mix.temperature
+        total = total if factor == 1 else total.mul_(factor)
         if learns:
             d_hard = log_q.exp()
             d_hard[at] -= 1

@@ -283,6 +283,8 @@ def test_shapes_are_as_the_docstring_says():
     assert of("exp6") == (4, 512, 512, 12, 8, 50257) and of("generate") == of("int8") == (1, *of("exp6")[1:])
     assert of("d256") == (16, 256, 256, 8, 8, 8192) and bench.shape_of("exp7").model["pos"] == "rope"
     assert of("muon") == (16, 512, 192, 9, 3, 8192)
+    heads = bench.shape_of("distill_loss").model
+    assert (heads["d_model"], heads["max_seq_len"], heads["vocab_size"]) == (256, 2048, 151_936)
     assert all(bench.shape_of(name).model.get("flash", True) for name in bench.SHAPES)
     assert ", ".join(bench.USUAL) in help_text(BenchConfig)
     arms = bench.arms_of("local", BenchConfig(), {})
@@ -308,6 +310,22 @@ def test_arms_of_each_shape():
             ("int8", compile == "true"), ("fp32", compile == "true")]
     eager = dataclasses.replace(cfg, compile="false")
     assert [a.label for a in bench.arms_of("generate", eager, {})] == labels[1:]
+
+
+def test_arms_of_distillation_take_the_same_gradient(monkeypatch):
+    """The masked one that of every second row, for half of the work."""
+    monkeypatch.setattr(bench, "training", lambda step, *_: step)
+    shape = bench.Shape(1, bench.shape_of("distill_loss").model | {"vocab_size": 97, "max_seq_len": 30})
+    found = []
+    for arm in bench.arms_of("distill_loss", BenchConfig(), {}):
+        torch.manual_seed(0)
+        found.append(arm.make(BenchConfig(device="cpu", dtype="fp32"), shape, "", **arm.options))
+    ours, plain, masked = (runner.measure() for runner in found)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-4)
+    assert not masked[0][::2].any()
+    torch.testing.assert_close(masked[0][1::2], 2 * ours[0][1::2])
+    assert found[0].flops == found[1].flops == 2 * found[2].flops == 2 * 97 * (3 * 256 + 896)
 
 
 def test_the_int8_arm_generates_with_int8_weights(monkeypatch):
