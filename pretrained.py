@@ -595,21 +595,46 @@ def write_export(folder: str, model: LM, cfg: ModelConfig, kind: str, tok, origi
     write_safetensors(os.path.join(folder, "model.safetensors"), {
         name if name == head else family.prefix + name: t for name, t in tensors.items()})
     write_json(os.path.join(folder, tokenizer.FILE), library_json(tok))
-    write_json(os.path.join(folder, "tokenizer_config.json"),
-               origin.get("tokenizer_config.json") or tokenizer_config(tok, cfg.max_seq_len))
-    form = format_of(tok)
-    generation = origin.get("generation_config.json") or {
-        "bos_token_id": tok.eot, "eos_token_id": [tok.eot, form.stop] if form else tok.eot}
+    write_json(os.path.join(folder, "tokenizer_config.json"), tokenizer_settings(tok, cfg.max_seq_len, origin))
+    generation = generation_settings(tok, origin)
     if cfg.n_tokens < cfg.vocab_size:  # padding rows of the vocabulary
         generation["suppress_tokens"] = list(range(cfg.n_tokens, cfg.vocab_size))
     write_json(os.path.join(folder, "generation_config.json"), generation)
-    extra = {"bos_token_id": tok.eot, "eos_token_id": tok.eot, "pad_token_id": None}
-    if origin.get(CONFIG, {}).get("model_type") == kind:
-        extra |= origin[CONFIG]
-    written = config_of(cfg, kind, extra, str(dtype).removeprefix("torch."))
-    if cfg.pos == "rope" and origin:
-        written["max_position_embeddings"] = origin[CONFIG]["max_position_embeddings"]
+    written = settings(cfg, kind, tok, origin.get(CONFIG, {}), str(dtype).removeprefix("torch."))
     write_json(os.path.join(folder, CONFIG), written)
+
+
+def settings(cfg: ModelConfig, kind: str, tok, theirs: dict, dtype: str) -> dict:
+    """The content of config.json: the original, `theirs`, but for what training has changed."""
+    if theirs.get("model_type") != kind:
+        ids = {"bos_token_id": tok.eot, "eos_token_id": tok.eot, "pad_token_id": None}
+        return config_of(cfg, kind, ids, dtype)
+    was = model_config(theirs, CONFIG)
+    if cfg.pos == "rope":  # training on shorter texts does not shorten its context
+        cfg = replace(cfg, max_seq_len=max(cfg.max_seq_len, was.max_seq_len))
+    before, now = config_of(was, kind, {}, ""), config_of(cfg, kind, {}, dtype)
+    return now | {k: v for k, v in theirs.items() if k != "architectures" and now.get(k) == before.get(k)}
+
+
+def tokenizer_settings(tok, max_seq_len: int, origin: dict) -> dict:
+    """The content of tokenizer_config.json: the original, unless chat tokens were added."""
+    ours, theirs = tokenizer_config(tok, max_seq_len), origin.get("tokenizer_config.json")
+    if not theirs or isinstance(tok, tokenizer.Chat):
+        return ours
+    return {k: v for k, v in ours.items() if k == "chat_template"} | theirs
+
+
+def generation_settings(tok, origin: dict) -> dict:
+    """The content of generation_config.json: the original. A model that learned to answer here stops where
+    an answer ends, too."""
+    ids = {"bos_token_id": tok.eot, "eos_token_id": tok.eot}
+    ids |= {k: v for k, v in origin.get(CONFIG, {}).items() if k in (*ids, "pad_token_id")}
+    out = origin.get("generation_config.json") or ids
+    if origin.get("chat") or isinstance(tok, tokenizer.Chat):
+        ends = out.get("eos_token_id", tok.eot)
+        ends = [*(ends if isinstance(ends, list) else [ends]), format_of(tok).stop]
+        out["eos_token_id"] = list(dict.fromkeys(ends))
+    return out
 
 
 def main(cfg: PretrainedConfig) -> dict:

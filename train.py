@@ -442,6 +442,9 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
             carry_moments(optimizer, source, cfg.init_from, cfg.optimizer)
         progress.evaluated = -1  # the curve begins with what was there
     progress.micro = plan.micro
+    # for an export: what its config.json and others said, and that it stops where answers end
+    answers = {"chat": True} if isinstance(text.train, Chats) else {}
+    run.data["pretrained"] = (saved or source or {}).get("pretrained", {}) | answers
     run.begin(saved, lambda row: row["step"] <= (progress.evaluated if "val_loss" in row else progress.step))
     if run.dist.is_main:
         text.tok.save(run.folder)  # so that the run folder is enough for sampling
@@ -459,8 +462,8 @@ def finish(cfg: TrainConfig, plan: Plan, run: Run, progress: Progress, model: LM
     if progress.ended and cfg.lora_merge and run.dist.is_main:
         best = checkpoint.load(run.path("best.pt"), keys=("model", "config", "tokenizer"))
         config = best["config"] | {"lora_rank": 0, "lora_merge": False}
-        checkpoint.save(run.path("merged.pt"), {"model": lora.merged(best["model"]), "config": config,
-                                                "tokenizer": best["tokenizer"]})
+        kept = {key: best[key] for key in ("tokenizer", "pretrained") if key in best}
+        checkpoint.save(run.path("merged.pt"), {"model": lora.merged(best["model"]), "config": config, **kept})
     if progress.ended and run.dist.is_main:
         say(f"{progress.ended}: {progress.step:,} steps, {tokens:,} tokens, "
             f"{run.seconds / 60:.1f} minutes of training, {tokens / max(run.seconds, 1e-9):,.0f} tok/s\n"

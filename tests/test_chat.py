@@ -309,7 +309,8 @@ def weights(base, name: str) -> dict:
 def test_a_base_learns_to_answer_and_new_tokens_start_as_the_mean(base, folders):
     result = tuned(base, folders, name="chat", max_steps=60)
     assert result["result"]["loss"] < 3.2
-    model, _ = load_model(os.path.join(base["out_dir"], "chat"))
+    model, saved = load_model(os.path.join(base["out_dir"], "chat"))
+    assert saved["pretrained"] == {"chat": True}  # an export stops where answers end
     assert (model.cfg.vocab_size, model.n_tokens, model.cfg.max_seq_len) == (304, 304, 64)
     old = checkpoint.load(base["init_from"])["model"]
     new = checkpoint.with_new_tokens(old, 300, 304)

@@ -407,6 +407,9 @@ def test_an_exported_chat_tokenizer_has_the_same_template(kind, tmp_path):
                                      add_generation_prompt=True)["input_ids"]
     assert ids == form.join([(r, tok.encode(t)) for r, t in turns]) + form.opens["assistant"]
     assert len(theirs) == tok.vocab_size and theirs.eos_token_id == form.stop
+    for origin, ends in (({}, [tok.eot]), ({"generation_config.json": {"eos_token_id": [7, 8]}}, [7, 8]),
+                         ({"config.json": {"eos_token_id": 9}}, [9])):
+        assert pretrained.generation_settings(tok, origin)["eos_token_id"] == [*ends, form.stop]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -480,6 +483,41 @@ def test_scripts_take_an_imported_model(folders, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again(ids()).logits, load_model(str(tmp_path / "more"))[0](ids())[0],
                                    atol=1e-4, rtol=1e-4)
+
+
+def test_a_trained_model_keeps_what_the_original_said(folders, tmp_path):
+    source, out = tmp_path / "theirs", str(tmp_path / "out")
+    shutil.copytree(folders("qwen2")[0], source)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # none that we could use
+    was = {**json.loads((source / "config.json").read_text()), "eos_token_id": 278, "pad_token_id": 277,
+           "_name_or_path": "theirs", "sliding_window": 40, "max_window_layers": 2, "initializer_range": 0.03}
+    generation = {"bos_token_id": 279, "eos_token_id": [278, 279], "temperature": 0.7, "do_sample": True}
+    (source / "config.json").write_text(json.dumps(was))
+    (source / "generation_config.json").write_text(json.dumps(generation))
+    (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 99, "bos_token": None}))
+    (source / "chat_template.jinja").write_text(template)
+    run, unlike = imported(str(source), tmp_path), ("torch_dtype", "dtype", "transformers_version")
+    prepare_data.main(prepare_data.PrepareConfig(source=str(write_documents(tmp_path / "source", 12, 1000)),
+                                                 name="data", data_dir=str(tmp_path), tokenizer_from=run))
+    more = {"data": f"{tmp_path}/data", "out_dir": str(tmp_path), "device": "cpu", "dtype": "fp32", "batch_size": 4,
+            "max_steps": 1, "max_seq_len": 32}
+
+    def export(**options):
+        train.main(train.TrainConfig(**more | options))
+        pretrained.main(PretrainedConfig(source=f"{tmp_path}/{options['name']}", export=out, overwrite=True))
+        return json.loads(Path(out, "config.json").read_text())
+
+    export(name="once", init_from=run)
+    now = export(name="twice", init_from=f"{tmp_path}/once", lora_rank=2)  # through a second run
+    assert {k: now[k] for k in was if k not in unlike} == {k: v for k, v in was.items() if k not in unlike}
+    loaded, tok = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert {k: getattr(loaded.generation_config, k) for k in generation} == generation
+    assert loaded.generation_config.suppress_tokens == list(range(280, 300))
+    assert (loaded.config.eos_token_id, tok.model_max_length, tok.chat_template) == (278, 99, template)
+    now = export(name="local", init_from=run, window=8, max_seq_len=80, rope_theta=300.0)
+    assert (now["sliding_window"], now["use_sliding_window"], now["max_window_layers"]) == (8, True, 0)
+    assert now["rope_parameters"]["rope_theta"] == 300 and now["max_position_embeddings"] == 80
+    assert now["eos_token_id"] == 278 and model_config(now, out).window == 8
 
 
 LOADED = """
