@@ -138,6 +138,8 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
             arms.append(Arm(name, text, arm, changes))
     if cfg.metric == "loss" and any(a.cfg.data != cfg.data for a in arms):
         problems.append("losses per token do not compare between data folders: use --metric=bits_per_byte")
+    for arm in arms:  # a typed default may contradict init_from as well
+        arm.cfg.given |= cfg.given
     return arms, problems
 
 

@@ -90,6 +90,14 @@ def test_an_arm_is_written_as_a_config_file(tmp_path):
     assert arm.cfg.eval_lens == (64, 256, 512) and not arm.cfg.flash and arm.cfg.qk_norm
 
 
+def test_a_default_typed_for_the_whole_sweep_is_written_for_every_arm(tmp_path):
+    cfg = load(SweepConfig, ["--d_model=128", "--init_from=out/other", "--arm=dropout=0.1"])
+    for arm in sweep.make_arms(cfg)[0]:
+        sweep.write_arm(arm, str(tmp_path))
+        written = load(train.TrainConfig, [str(tmp_path / f"{arm.name}.py")])
+        assert written.sets("d_model") and not written.sets("n_layers")  # so inherit() compares it
+
+
 def test_all_mistakes_are_reported_before_anything_runs():
     with pytest.raises(ConfigError) as error:
         load(SweepConfig, ["config/demo.py", "--arm=activation=relu3", "--arm=drpout=0.1",
