@@ -114,12 +114,12 @@ def with_new_tokens(weights: dict, known: int, n_tokens: int) -> dict:
     return weights
 
 
-def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "",
-                    new: bool = False) -> None:
-    """UserError, with the way out, if the model at `path` has another tokenizer than the data in `folder`.
-    `new`: chat tokens may be new to the model."""
+def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "", new: bool = False,
+                    has: str = "was trained with the tokenizer") -> None:
+    """UserError, with the way out, if the model at `path` (or data there, as `has` says) has another tokenizer
+    than the data in `folder`. `new`: chat tokens may be new to `path`."""
     if theirs["fingerprint"] not in (ours["fingerprint"], ours.get("base") if new else None):
-        raise UserError(f"{path} was trained with the tokenizer {theirs['name']} "
+        raise UserError(f"{path} {has} {theirs['name']} "
                         f"({theirs['fingerprint'][:12]}), but {folder} is tokenised with {ours['name']} "
                         f"({ours['fingerprint'][:12]}): the same ids stand for different text\n" + (
                             fix or "make the data with the model's tokenizer:  "

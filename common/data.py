@@ -4,7 +4,7 @@ import math
 import os
 from typing import NamedTuple
 
-from common import conversations, tokenizer
+from common import checkpoint, conversations, tokenizer
 from common.chat import ChatFormat
 from common.config import UserError
 from common.conversations import ChatRows, Chats
@@ -79,15 +79,12 @@ def open_text(folder: str, train_tokens: int = 0) -> Text:
 
 
 def open_beside(folder: str, split: str, text: Text, data: str) -> tuple[np.ndarray, dict]:
-    """(tokens, counts) of another folder's split. DataError unless it has the tokenizer of `text`, which is
+    """(tokens, counts) of another folder's split. UserError unless it has the tokenizer of `text`, which is
     from the folder `data`."""
     meta = read_meta(folder)
-    theirs, ours = meta["tokenizer"], text.meta["tokenizer"]
-    if theirs["fingerprint"] not in (ours["fingerprint"], ours.get("base")):  # base: without chat tokens
-        raise DataError(f"{folder} is tokenised with {theirs['name']} ({theirs['fingerprint'][:12]}), but "
-                        f"{data} with {ours['name']} ({ours['fingerprint'][:12]}): the same ids stand for "
-                        "different text\nmake one of them with the other's tokenizer:  "
-                        f"python prepare_data.py ... --tokenizer_from={data}")
+    checkpoint.check_tokenizer(meta["tokenizer"], folder, text.meta["tokenizer"], data, new=True,
+                               has="is tokenised with", fix="make one of them with the other's tokenizer:  "
+                               f"python prepare_data.py ... --tokenizer_from={data}")
     return open_tokens(folder, split, meta), meta["splits"][split]
 
 

@@ -6,7 +6,7 @@ import shutil
 import train
 from common import checkpoint, fit, lora, source
 from common.config import ConfigError, UserError, load
-from common.data import DataError, Mixed, Windows
+from common.data import Mixed, Windows
 from common.files import read_rows
 from common.run import read_ledger
 from model import LM, ModelConfig, load_model
@@ -202,8 +202,8 @@ def test_old_text_is_measured_and_replayed_and_both_survive_a_stop(continued, co
 
 def test_text_in_other_tokens_is_refused(continued, bpe_corpus):
     for options in ({"eval_data": (bpe_corpus,)}, {"replay": 0.1, "replay_data": bpe_corpus}):
-        with pytest.raises(DataError, match="(?s)topics_bpe is tokenised with bpe:400 .*, but .*other with "
-                                            "bytes.*--tokenizer_from=.*other"):
+        with pytest.raises(UserError, match="(?s)topics_bpe is tokenised with bpe:400 .*, but .*other is "
+                                            "tokenised with bytes.*one of them.*--tokenizer_from=.*other"):
             train.main(continued(**options))
 
 
