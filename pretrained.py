@@ -595,7 +595,7 @@ def write_export(folder: str, model: LM, cfg: ModelConfig, kind: str, tok, origi
     write_safetensors(os.path.join(folder, "model.safetensors"), {
         name if name == head else family.prefix + name: t for name, t in tensors.items()})
     write_json(os.path.join(folder, tokenizer.FILE), library_json(tok))
-    write_json(os.path.join(folder, "tokenizer_config.json"), tokenizer_settings(tok, cfg.max_seq_len, origin))
+    write_json(os.path.join(folder, "tokenizer_config.json"), tokenizer_settings(cfg, tok, origin))
     generation = generation_settings(tok, origin)
     if cfg.n_tokens < cfg.vocab_size:  # padding rows of the vocabulary
         generation["suppress_tokens"] = list(range(cfg.n_tokens, cfg.vocab_size))
@@ -616,9 +616,9 @@ def settings(cfg: ModelConfig, kind: str, tok, theirs: dict, dtype: str) -> dict
     return now | {k: v for k, v in theirs.items() if k != "architectures" and now.get(k) == before.get(k)}
 
 
-def tokenizer_settings(tok, max_seq_len: int, origin: dict) -> dict:
+def tokenizer_settings(cfg: ModelConfig, tok, origin: dict) -> dict:
     """The content of tokenizer_config.json: the original, unless chat tokens were added."""
-    ours, theirs = tokenizer_config(tok, max_seq_len), origin.get("tokenizer_config.json")
+    ours, theirs = tokenizer_config(tok, cfg.max_seq_len), origin.get("tokenizer_config.json")
     if not theirs or isinstance(tok, tokenizer.Chat):
         return ours
     return {k: v for k, v in ours.items() if k == "chat_template"} | theirs

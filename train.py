@@ -463,7 +463,8 @@ def finish(cfg: TrainConfig, plan: Plan, run: Run, progress: Progress, model: LM
         best = checkpoint.load(run.path("best.pt"), keys=("model", "config", "tokenizer"))
         config = best["config"] | {"lora_rank": 0, "lora_merge": False}
         kept = {key: best[key] for key in ("tokenizer", "pretrained") if key in best}
-        checkpoint.save(run.path("merged.pt"), {"model": lora.merged(best["model"]), "config": config, **kept})
+        kept |= {"model": lora.merged(best["model"]), "config": config}
+        checkpoint.save(run.path("merged.pt"), kept)
     if progress.ended and run.dist.is_main:
         say(f"{progress.ended}: {progress.step:,} steps, {tokens:,} tokens, "
             f"{run.seconds / 60:.1f} minutes of training, {tokens / max(run.seconds, 1e-9):,.0f} tok/s\n"

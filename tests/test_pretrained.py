@@ -488,7 +488,7 @@ def test_scripts_take_an_imported_model(folders, tmp_path):
 def test_a_trained_model_keeps_what_the_original_said(folders, tmp_path):
     source, out = tmp_path / "theirs", str(tmp_path / "out")
     shutil.copytree(folders("qwen2")[0], source)
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # none that we could use
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"  # of no use here
     was = {**json.loads((source / "config.json").read_text()), "eos_token_id": 278, "pad_token_id": 277,
            "_name_or_path": "theirs", "sliding_window": 40, "max_window_layers": 2, "initializer_range": 0.03}
     generation = {"bos_token_id": 279, "eos_token_id": [278, 279], "temperature": 0.7, "do_sample": True}
@@ -497,8 +497,9 @@ def test_a_trained_model_keeps_what_the_original_said(folders, tmp_path):
     (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 99, "bos_token": None}))
     (source / "chat_template.jinja").write_text(template)
     run, unlike = imported(str(source), tmp_path), ("torch_dtype", "dtype", "transformers_version")
-    prepare_data.main(prepare_data.PrepareConfig(source=str(write_documents(tmp_path / "source", 12, 1000)),
-                                                 name="data", data_dir=str(tmp_path), tokenizer_from=run))
+    text = str(write_documents(tmp_path / "source", 12, 1000))
+    prepare_data.main(prepare_data.PrepareConfig(source=text, name="data", data_dir=str(tmp_path),
+                                                 tokenizer_from=run))
     more = {"data": f"{tmp_path}/data", "out_dir": str(tmp_path), "device": "cpu", "dtype": "fp32", "batch_size": 4,
             "max_steps": 1, "max_seq_len": 32}
 
