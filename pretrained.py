@@ -452,7 +452,7 @@ def with_head(weights: dict, cfg: ModelConfig) -> dict:
 
 CONFIG = "config.json"
 EXTRA = "generation_config.json", "tokenizer_config.json"  # kept in the checkpoint, for the way back
-WANTED = (CONFIG, *EXTRA, "tokenizer.json", "vocab.json", "merges.txt")
+WANTED = (CONFIG, *EXTRA, *tokenizer.FILES)
 
 
 def fetch(source: str, config_only: bool) -> str:

@@ -116,8 +116,8 @@ def with_new_tokens(weights: dict, known: int, n_tokens: int) -> dict:
 
 def check_tokenizer(theirs: dict, path: str, ours: dict, folder: str, fix: str = "", new: bool = False,
                     has: str = "was trained with the tokenizer") -> None:
-    """UserError, with the way out, if the model at `path` (or data there, as `has` says) has another tokenizer
-    than the data in `folder`. `new`: chat tokens may be new to `path`."""
+    """UserError, with the way out, if the model at `path` (or data, as `has` says) has another tokenizer than
+    the data in `folder`. `new`: chat tokens may be new to `path`."""
     if theirs["fingerprint"] not in (ours["fingerprint"], ours.get("base") if new else None):
         raise UserError(f"{path} {has} {theirs['name']} "
                         f"({theirs['fingerprint'][:12]}), but {folder} is tokenised with {ours['name']} "

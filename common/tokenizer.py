@@ -25,6 +25,7 @@ EOT = "<|endoftext|>"
 UNK = "<unk>"
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 FILE = "tokenizer.json"
+FILES = (FILE, "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja")  # on the hub
 FORMS = "gpt2, gpt2:PATH/gpt2.tiktoken, bpe:8192, words:1000, bytes, hf:NAME_OR_PATH"
 # OpenAI's r50k pattern: a space belongs to the word after it, so text may be cut at a space between letters
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -298,15 +299,16 @@ def train_words(texts, vocab_size: int) -> HuggingFace:
 def hugging_face(where: str) -> HuggingFace:
     """From a tokenizer.json, a folder that contains one, or the hub."""
     library, path = need("tokenizers").Tokenizer, os.path.expanduser(where)
-    folder, path = path, os.path.join(path, FILE) if os.path.isdir(path) else path
-    old = not os.path.exists(path) and os.path.exists(os.path.join(folder, "merges.txt"))  # OPT
+    local = os.path.isfile(path) or any(os.path.exists(os.path.join(path, f)) for f in (FILE, "merges.txt"))
     try:
-        local = old or os.path.exists(path)
+        if not local:
+            path = need("huggingface_hub").snapshot_download(where, allow_patterns=[*FILES])
+        folder, path = path, os.path.join(path, FILE) if os.path.isdir(path) else path
+        old = not os.path.exists(path) and os.path.exists(os.path.join(folder, "merges.txt"))  # OPT
         config = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-        content = from_merges(folder) if old else read_json(path) if local else \
-            json.loads(library.from_pretrained(where).to_str())
+        content = from_merges(folder) if old else read_json(path)
         vocab = library.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
-        eos = read_json(config).get("eos_token") if local and os.path.exists(config) else None
+        eos = read_json(config).get("eos_token") if os.path.exists(config) else None
     except Exception as e:  # `tokenizers` raises bare Exceptions
         what = "is not a tokenizer.json of `tokenizers`" if local else (
             "is not a local file or folder and could not be fetched from the Hugging Face hub; "
@@ -317,7 +319,7 @@ def hugging_face(where: str) -> HuggingFace:
     for token in (EOT, "<|end_of_text|>", eos, "</s>", "<eos>", "[SEP]"):
         if token in vocab:
             tok = HuggingFace(f"hf:{where}", content, vocab[token])
-            tok.template = chat_template(os.path.dirname(path)) if local else None
+            tok.template = chat_template(os.path.dirname(path))
             return tok
     raise UserError(f"--tokenizer=hf:{where} has no known token that separates documents; name one as "
                     '"eos_token" in a tokenizer_config.json next to tokenizer.json')

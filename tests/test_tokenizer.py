@@ -11,6 +11,7 @@ from common.config import UserError
 from common.stream import StreamDecoder
 from common.tokenizer import EOT, load, open_tokenizer
 
+import huggingface_hub
 import numpy as np
 import pytest
 import tiktoken
@@ -243,10 +244,10 @@ def test_gpt2_through_tiktoken(monkeypatch, toks):
 
 
 def test_hf_errors(tmp_path, monkeypatch):
-    def refuse(name):
+    def refuse(name, **_):
         raise Exception("offline")
 
-    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", refuse, raising=False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match="could not be fetched from the Hugging Face hub; --tokenizer=hf:PA"):
         open_tokenizer("hf:owner/name")
     (tmp_path / "tokenizer.json").write_text('{"model": 1}')
