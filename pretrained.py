@@ -558,7 +558,7 @@ def import_model(cfg: PretrainedConfig) -> dict:
 def export_model(cfg: PretrainedConfig) -> dict:
     if os.path.exists(os.path.join(cfg.export, CONFIG)) and not (cfg.overwrite or cfg.dry_run):
         raise UserError(f"{cfg.export} already holds a model; replace it with --overwrite")
-    saved = checkpoint.load(cfg.source, keys=("model", "config", "tokenizer"))
+    saved = checkpoint.load(cfg.source, ("model", "config", "tokenizer"), mmap=True)
     names = {f.name for f in fields(ModelConfig)}
     model_cfg = ModelConfig(**{k: v for k, v in saved["config"].items() if k in names})
     with torch.device("meta"):
