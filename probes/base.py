@@ -126,9 +126,12 @@ class ProbeOptions(BaseConfig):
         out = []
         for text in self.arm:
             try:
-                changed(replace(self, arm=()), text)
+                c = changed(replace(self, arm=()), text)
             except ConfigError as e:
                 out += [f"arm '{text}': {p}" for p in e.problems]
+                continue
+            out += [f"arm '{text}': {key} has no effect, because base={c.base} has its own; leave it out"
+                    for key in given_by_base(c) if getattr(c, key) != getattr(self, key)]
         return out
 
     @property
@@ -177,6 +180,13 @@ def architecture(cfg: BaseConfig, meta: dict) -> BaseConfig:
     if not cfg.pool and hasattr(cfg, "base_optimizer"):  # the checkpoint is the base
         has["base_optimizer"] = saved["config"].get("optimizer", cfg.base_optimizer)
     return replace(cfg, **has)
+
+
+def given_by_base(cfg) -> list[str]:
+    """The options that architecture() takes from `base`, whatever they are set to."""
+    if not cfg.base:
+        return []
+    return [f.name for f in fields(ModelConfig) if f.name != "max_seq_len"] + ["base_optimizer"] * (not cfg.pool)
 
 
 def base_config(cfg) -> BaseConfig:

@@ -88,3 +88,25 @@ def test_lora_trains_its_matrices_alone(place):
 def test_contradictions_are_named(place, options, words):
     with pytest.raises(ConfigError, match=words):
         ProbeConfig(**SMALL | place | options)
+
+
+@pytest.mark.parametrize("options, names", [
+    ({"arm": ("window=8", "lr=1e-3")}, "window"), ({"arm": ("mixer=lstm pos=none",)}, "mixer"),
+    ({"arm": ("base_optimizer=muon",), "pool": 0}, "base_optimizer")])
+def test_an_arm_that_the_base_would_undo_is_refused(place, options, names):
+    with pytest.raises(ConfigError, match=f"'{options['arm'][0]}': {names} has no effect"):
+        ProbeConfig(**SMALL | place | options)
+    if names != "base_optimizer":
+        ProbeConfig(**SMALL | {"data": place["data"]} | options)  # without a base it is an arm
+
+
+def test_an_imported_model_hands_facts_over(place):
+    """Options of the architecture, such as those of config/probe_handover.py, are the imported model's."""
+    cfg = ProbeConfig(**SMALL | place | {"max_seq_len": 64}, experiment="handover", context_share=0.5,
+                      short_conv=3, d_model=64, base_optimizer="muon", name="handed")
+    row = memory_probe.main(cfg)
+    assert row["status"] == "finished"
+    base = checkpoint.load(f"{cfg.out_dir}/{base_config(architecture(cfg, open_text(cfg.data).meta)).name}")
+    assert base["config"]["d_model"] == 48 and base["config"]["n_kv_heads"] == 2
+    found = json.loads(open(f"{cfg.out_dir}/handed/summary.json").read())["arms"][0]["modes"]
+    assert set(found) == {"ce", "kl"} and all(m["steps"] == [0, 1, 2, 3] for m in found.values())
