@@ -186,7 +186,8 @@ def given_by_base(cfg) -> list[str]:
     """The options that architecture() takes from `base`, whatever they are set to."""
     if not cfg.base:
         return []
-    return [f.name for f in fields(ModelConfig) if f.name != "max_seq_len"] + ["base_optimizer"] * (not cfg.pool)
+    shape = [f.name for f in fields(ModelConfig) if f.name != "max_seq_len"]
+    return shape if cfg.pool else [*shape, "base_optimizer"]
 
 
 def base_config(cfg) -> BaseConfig:
