@@ -15,9 +15,9 @@ facts, and B minus A on the controls: what a fact gained from its own exposures,
 over the answer's tokens). A third twin, A with one background row changed, gives the chaos floor. Seeds draw
 new names and answers, and are the unit of every claim.
 
-window, trace (probes/stream.py), handover, incontext (probes/context.py) and artefacts (probes/artefacts.py)
-have loops of their own. out/NAME/ gets facts.jsonl, probes.jsonl, summary.json, table.md and effect.png; the
-same command resumes, to the bit.
+window, trace (probes/stream.py), handover, incontext (probes/context.py), inherit (probes/inherit.py) and
+artefacts (probes/artefacts.py) have loops of their own. out/NAME/ gets facts.jsonl, probes.jsonl,
+summary.json, table.md and effect.png; the same command resumes, to the bit.
 """
 import copy
 import hashlib
@@ -33,6 +33,7 @@ from common import fit, probing, stats
 from common.config import UserError, launch
 from common.console import StepBar, resume_command, say
 from common.data import Text, Windows, open_text
+from common.distill_loss import DIVERGENCES
 from common.distributed import Dist, choose_dtype, keep_freed_memory, setup
 from common.facts import TRAINED, WORDINGS, Fact, World, make_pairs, new_pairs, pack, shuffled
 from common.files import append_row, read_json, read_rows, write_json, write_text
@@ -62,6 +63,7 @@ from probes.base import (
 )
 from probes.context import handover, incontext
 from probes.effects import early_and_late
+from probes.inherit import inherit
 from probes.report import CONTROLS, HORIZONS, report
 from probes.stream import trace, window
 
@@ -71,7 +73,7 @@ import torch
 # ------------------------------------------------------------------------------------------------------------
 # Config
 
-OTHERS = {f.__name__: f for f in (window, trace, handover, incontext, artefacts)}  # with loops of their own
+OTHERS = {f.__name__: f for f in (window, trace, handover, incontext, inherit, artefacts)}  # own loops
 EXPERIMENTS = ("retention", "frequency", "dilution", "spacing", "mixed", "continual", *OTHERS)
 
 
@@ -85,7 +87,7 @@ class ProbeConfig(ProbeOptions):
     steps: int = 500  # after the injection
     lead: int = 8  # before the injection
     spread: int = 64  # steps over which exposures are spread
-    share: float = 0.25  # mixed: share of each batch that holds facts
+    share: float = 0.25  # mixed, inherit: share of each batch that holds facts or prompts
     cohorts: int = 6  # continual: how many groups are written, `spread` steps apart
     method: Literal["none", "replay", "ewc", "rows"] = "none"  # none | rows; continual: replay | ewc
     replay_share: float = 0.1  # replay: share of each batch that repeats facts written before
@@ -108,6 +110,13 @@ class ProbeConfig(ProbeOptions):
     modes: tuple[Literal["ce", "kl"], ...] = ("ce", "kl")  # handover: ce | kl to the prompted base
     target: float = 0.9  # handover: accuracy to hold, as a share of the prompted base's
     distances: tuple[int, ...] = (0, 16, 32)  # incontext: tokens between a statement and its question
+    # inherit
+    divergence: Literal[DIVERGENCES] = "forward_kl"  # of a student from its teacher
+    alpha: float = 1.0  # weight of the teacher's labels, 1 - alpha that of the text; 0 = no labels
+    temperature: float = 1.0  # of both distributions
+    reads: Literal["text", "pool", "names", "questions"] = "text"  # text | pool | names | questions
+    student: Literal["base", "other"] = "base"  # begins as: the teachers' base | one of other weights
+    teacher_lr: float = 1e-3  # while teachers are taught, for `spread` steps
     # verdict
     chaos_seeds: int = 1  # seeds that also run the chaos twin
     power: bool = False  # print what would be detected and how long it takes, and stop
@@ -118,10 +127,11 @@ class ProbeConfig(ProbeOptions):
         counts = ("facts", "exposures", "spread", "cohorts", "lead", "show_facts", "chaos_seeds")
         out = super().problems() + self.at_least(1, *counts[:5], "window_size", "stride", "intervals",
                                                  "retrain_steps")
-        out += self.at_least(0, *counts[5:], "steps", "ewc_lambda", "context") + self.at_most_counts(counts)
-        out += [f"{key} must be above 0, got {getattr(self, key)}" for key in ("share", "target")
-                if not getattr(self, key) > 0]
-        out += [f"{key} must be at most 1, got {getattr(self, key)}" for key in ("share", "target")
+        out += self.at_least(0, *counts[5:], "steps", "ewc_lambda", "context", "alpha", "teacher_lr")
+        out += self.at_most_counts(counts)
+        out += [f"{key} must be above 0, got {getattr(self, key)}"
+                for key in ("share", "target", "temperature") if not getattr(self, key) > 0]
+        out += [f"{key} must be at most 1, got {getattr(self, key)}" for key in ("share", "target", "alpha")
                 if getattr(self, key) > 1]
         out += [f"{key} must be at least 0 and below 1, got {getattr(self, key)}"
                 for key in ("replay_share", "overlap") if not 0 <= getattr(self, key) < 1]
@@ -149,6 +159,8 @@ class ProbeConfig(ProbeOptions):
         if name == "trace":
             out += self.at_least(self.max_seq_len + 1, "stretch")
             out += self.at_least(2 * self.max_seq_len, "reach")
+        if name == "inherit":
+            out += self.inherit_problems()
         if name == "artefacts" and (self.arm or self.lora_rank or not self.pool
                                     or {self.optimizer, self.base_optimizer} != {"adamw"}):
             out.append("experiment=artefacts shows its set-ups on one base by adamw with a pool, without "
@@ -161,6 +173,19 @@ class ProbeConfig(ProbeOptions):
         if self.power and name in OTHERS:
             out.append(f"power is for experiments with exposures, not {name}; its words say what was "
                        "detectable")
+        return out
+
+    def inherit_problems(self) -> list[str]:
+        out = []
+        if self.reads == "questions" and self.alpha < 1:
+            out.append("reads=questions has labels where the answer would stand, but no token for "
+                       f"alpha={self.alpha} to train on; use alpha=1, or reads=names")
+        if self.reads != "text" and not round(self.share * self.batch_size):
+            out.append(f"share={self.share} of batch_size={self.batch_size} is no row")
+        if self.reads == "pool" and not self.pool:
+            out.append("reads=pool needs a pool, and pool=0")
+        if self.student == "other" and (self.base or not self.pool):
+            out.append("student=other needs two bases from random weights, with a pool; leave out --base")
         return out
 
     @property
