@@ -165,10 +165,12 @@ def ask(model: LM, probes: list, prepared: list, world: World, dtype: str) -> di
 
 
 @torch.inference_mode()
-def apart(student: LM, teacher: LM, x) -> float:
-    """KL(teacher || student) on the tokens x (B, T), mean nats per token, at temperature 1."""
-    p, q = (m.head(m.hidden(x))[..., :m.n_tokens].float().log_softmax(dim=-1) for m in (teacher, student))
-    return float((p.exp() * (p - q)).sum(dim=-1).mean())
+def beliefs(model: LM, x) -> torch.Tensor:
+    """Log-probabilities (B, T, V) after the tokens x (B, T), in eval mode and fp32."""
+    training = model.training
+    found = model.eval()(x)[0][..., :model.n_tokens].float().log_softmax(dim=-1)
+    model.train(training)
+    return found
 
 
 def distil(cfg, teacher: LM, facts: list[Fact], start: dict, text, world, seed: int, run, stop,
@@ -183,8 +185,8 @@ def distil(cfg, teacher: LM, facts: list[Fact], start: dict, text, world, seed: 
     known = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))) if pool else []
     probes = [p for f in facts[:2 * (len(facts) // 3)] for p in world.probes(f) if p.kind in KINDS]
     prepared = probing.batches(probes, world.tok.eot, dist.device)
-    unread = Windows(text.val, cfg.max_seq_len, 1).batch(0, 32, dist.device)
-    loss_of = soft_loss(cfg, teacher)
+    x_val, y_val = Windows(text.val, cfg.max_seq_len, 1).batch(0, 8, dist.device)  # costs a step or two
+    theirs, loss_of = beliefs(teacher, x_val), soft_loss(cfg, teacher)
     out = {"teacher": {k: [v] for k, v in ask(teacher, probes, prepared, world, dtype).items()},
            "constant": best_constant(facts[:len(facts) // 3]), "text_loss": [], "apart": []}
     for step in range(cfg.steps + 1):
@@ -192,11 +194,9 @@ def distil(cfg, teacher: LM, facts: list[Fact], start: dict, text, world, seed: 
         if step in times:  # before the update: step 0 is the start
             for key, values in ask(model, probes, prepared, world, dtype).items():
                 out.setdefault(key, []).append(values)
-            model.eval()
-            out["apart"].append(round(apart(model, teacher, unread[0]), 5))
-            with torch.inference_mode():
-                out["text_loss"].append(round(model(*unread)[0].item(), 5))
-            model.train()
+            ours = beliefs(model, x_val)  # (B, T, V)
+            out["text_loss"].append(round(-ours.gather(2, y_val[..., None]).mean().item(), 5))
+            out["apart"].append(round((theirs.exp() * (theirs - ours)).sum(dim=-1).mean().item(), 5))
         if step == cfg.steps:
             return out
         if stop.agreed(dist):
@@ -229,8 +229,11 @@ def inherit(cfg, arms, labels, text, worlds, run, stop):
     done, seeds = run.finished_parts(), range(cfg.seed, cfg.seed + cfg.seeds)
     keys = list(itertools.product(seeds, range(len(arms)), TWINS))
     todo = [(s, a, twin) for s, a, twin in keys if (labels[a], s, twin) not in done]
-    for s, a in dict.fromkeys((s, a) for s, a, _ in todo):  # before a base is trained for nothing
-        lessons(arms[a], "A", facts_of(arms[a], worlds[a], s, text), s, worlds[a])
+    facts = {}  # of a seed and what its teachers depend on
+    for s, a, _ in todo:
+        if (key := (s, taught_by(arms[a]))) not in facts:
+            facts[key] = facts_of(arms[a], worlds[a], s, text)
+            lessons(arms[a], "A", facts[key], s, worlds[a])  # may refuse, before a base is trained
     needed = [a for _, a, _ in todo]
     bases = bases_of(arms, needed, text, worlds, run, stop)
     starts = bases and starts_of(arms, needed, bases, text, worlds, run, stop)
@@ -240,13 +243,13 @@ def inherit(cfg, arms, labels, text, worlds, run, stop):
     teachers = {}
     with StepBar(steps - left, steps, run.dist.is_main) as bar:
         for s, a, twin in todo:
-            c, w = arms[a], worlds[a]
-            facts, key = facts_of(c, w, s, text), (s, twin, taught_by(c))
+            c, w, key = arms[a], worlds[a], (s, twin, taught_by(arms[a]))
+            about = facts[s, key[2]]
             with named(f"{labels[a]}, seed {s}, twin {twin}"):
                 if key not in teachers:
                     teachers = {k: t for k, t in teachers.items() if k[0] == s}  # one seed at a time
-                    teachers[key] = teach(c, twin, facts, bases[a], text, w, s, run, stop)
-                row = teachers[key] and distil(c, teachers[key], facts, starts[a], text, w, s, run, stop, bar)
+                    teachers[key] = teach(c, twin, about, bases[a], text, w, s, run, stop)
+                row = teachers[key] and distil(c, teachers[key], about, starts[a], text, w, s, run, stop, bar)
             if row is None:
                 return None
             run.finish_part((labels[a], s, twin), row, done)
