@@ -17,6 +17,7 @@ ever held. The student has the teacher's tokenizer and any architecture of model
 out/NAME/ gets last.pt, best.pt, metrics.jsonl, loss.png, distill.png and report.md, which compares student
 and teacher; the same command resumes, to the bit.
 """
+import contextlib
 import functools
 import math
 import time
@@ -135,6 +136,11 @@ class DistillConfig(RunConfig, OptimizerConfig, ModelConfig):
             out.append(f"student_width={self.student_width} has no effect without student_layers")
         if (self.match_hidden or self.match_attention) and len(self.teacher) > 1:
             out.append(f"match_hidden and match_attention take one teacher, got {len(self.teacher)}")
+        if (self.match_hidden or self.match_attention) and self.compile == "true":
+            out.append("match_hidden and match_attention watch layers of a model that is not compiled; leave "
+                       "out compile")
+        if self.match_hidden and self.gated:
+            out.append(f"match_hidden: mixer={self.mixer} has no blocks whose output could be matched")
         if self.match_attention and self.mixer != "attention":
             out.append(f"match_attention: mixer={self.mixer} has no attention")
         if self.count_padding and (self.cache or self.examples == "windows"):
@@ -224,15 +230,15 @@ class Distiller(nn.Module):
         super().__init__()
         self.model, self.cfg, self.vocab = model, cfg, vocab
         self.teachers = (teachers,)  # in a tuple, so not registered
+        matched = teachers and (cfg.match_hidden or cfg.match_attention)
+        self.pairs = matching.layer_pairs(cfg.n_layers, teachers[0].cfg.n_layers) if matched else []
         self.read = [torch.compile(t.hidden) if compiled else t.hidden for t in teachers]
 
     def forward(self, x, y, *cached, mix: Mix):
         """x (B, T), y (B, T) and what the cache holds for them -> [loss, soft, hard] (3,), for which see
         common/distill_loss.py. The loss also has what the options add to it."""
-        cfg, balances = self.cfg, []
-        pairs = matching.layer_pairs(cfg.n_layers, self.teachers[0][0].cfg.n_layers) \
-            if cfg.match_hidden or cfg.match_attention else []
-        with matching.watching(self.model, [i for i, _ in pairs], bool(cfg.match_attention)) as ours:
+        balances, (teachers,), cfg = [], self.teachers, self.cfg
+        with self.watching(self.model, 0) as ours:
             hidden = self.model.hidden(x, balances=balances).flatten(0, 1)  # (B T, C)
         head = self.model.head
         bias = None if head.bias is None else head.bias[:self.vocab]
@@ -241,19 +247,21 @@ class Distiller(nn.Module):
             ids, probs, entropy, *tail = (part.flatten(0, 1) for part in cached)
             losses = cached_loss(*rows, (ids, probs, tail[0] if tail else None, entropy), mix)
         else:
-            with torch.no_grad(), matching.watching(
-                    self.teachers[0][0] if pairs else None, [j for _, j in pairs],
-                    bool(cfg.match_attention)) as theirs:
+            with torch.no_grad(), self.watching(teachers[0] if teachers else None, 1) as theirs:
                 said = [(read(x).flatten(0, 1), t.head.weight, t.head.bias)
-                        for read, t in zip(self.read, *self.teachers, strict=True)]
+                        for read, t in zip(self.read, teachers, strict=True)]
             losses = two_headed_loss(*rows, said, mix)
         extra = self.model.balance_loss(balances, y)
-        if cfg.match_hidden:
-            extra = extra + cfg.match_hidden * matching.hidden_gap(ours.hidden, theirs.hidden, y >= 0)
-        if cfg.match_attention:
-            gap = matching.attention_gap(ours.attention, theirs.attention, y >= 0)
-            extra = extra + cfg.match_attention * gap
+        if self.pairs:
+            extra = extra + matching.gaps(ours, theirs, self.pairs, y >= 0, cfg.match_hidden,
+                                          cfg.match_attention)
         return torch.cat((losses[:1] + extra, losses[1:]))
+
+    def watching(self, model: LM | None, side: int):
+        """Records the layers of `model` that are matched: of the student (side 0) or the teacher (1)."""
+        if not self.pairs:
+            return contextlib.nullcontext()
+        return matching.watching(model, [pair[side] for pair in self.pairs], self.cfg.match_attention > 0)
 
 
 def losses_of(net, x, y, *cached, state=None, mix: Mix):
@@ -305,6 +313,8 @@ def plan_run(cfg: DistillConfig, dist, examples: Examples, needs, teachers: list
     plan.peak_flops = distributed.peak_flops(dist.device, dtype) * dist.world
     plan.dtype = dtype
     plan.compiled, why_compile = choose_compile(cfg.compile, plan.run_flops, dist.device)
+    if cfg.match_hidden or cfg.match_attention:
+        plan.compiled, why_compile = False, "layers are watched"
     n, total = needs.model.count_parameters(), [t.count_parameters()["total"] for t in teachers]
     T, needed = cfg.max_seq_len, needs.peak(plan.micro, plan.world)
     target = "the text alone (control)" if cfg.control else (
@@ -589,6 +599,8 @@ def student_problems(cfg: DistillConfig, teachers: list[ModelConfig]) -> list[st
                        f"{theirs.max_seq_len}")
         if cfg.match_attention and theirs.mixer != "attention":
             out.append(f"match_attention: {path} has no attention (mixer={theirs.mixer})")
+        if cfg.match_hidden and theirs.gated:
+            out.append(f"match_hidden: {path} has no blocks whose output could be matched")
     return out
 
 

@@ -6,9 +6,7 @@ widths and numbers of heads may differ.
         teacher(x)
     with watching(student, [i for i, _ in pairs], attention=True) as ours:
         loss, _ = student(x, y)
-    for i, j in pairs:
-        loss = loss + hidden_gap(ours.hidden[i], theirs.hidden[j], y >= 0)
-        loss = loss + attention_gap(ours.queries[i], ours.keys[i], theirs.queries[j], theirs.keys[j], y >= 0)
+    loss = loss + gaps(ours, theirs, pairs, y >= 0, hidden=1.0, attention=1.0)
 
 Shapes: B batch, T tokens, C width, H heads, G key/value heads, D head size; of the student or the teacher
 """
@@ -70,6 +68,19 @@ def watching(model, layers, attention: bool = False):
             hook.remove()
         for layer in layers if attention else ():
             model.trunk[layer].mixer.watch = None
+
+
+def gaps(ours: Seen, theirs: Seen, pairs, counted, hidden: float, attention: float):
+    """The mean over the pairs of layers of both gaps, times these weights."""
+    total = 0.0
+    for i, j in pairs:
+        if hidden:
+            total = total + hidden * hidden_gap(ours.hidden[i], theirs.hidden[j], counted)
+        if attention:
+            window = min((w for w in (ours.windows[i], theirs.windows[j]) if w), default=0)
+            total = total + attention * attention_gap(ours.queries[i], ours.keys[i], theirs.queries[j],
+                                                      theirs.keys[j], counted, window)
+    return total / len(pairs)
 
 
 def hidden_gap(hs, ht, counted):

@@ -18,9 +18,9 @@ bias = False
 head_bias = False
 
 alpha = 0.5
-batch_size = 16
+batch_size = 8
 max_steps = 1000
-lr = 5e-3
+lr = 1e-2
 warmup_steps = 50
 min_lr_ratio = 0.0
 eval_interval = 200

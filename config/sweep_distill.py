@@ -6,7 +6,6 @@
 from config.exp10_small import *
 
 script = "distill"
-lr = 1e-2
 arm = ("lr=5e-3", "lr=2e-2", "without_teacher=tokens lr=5e-3", "without_teacher=tokens",
        "without_teacher=tokens lr=2e-2", "without_teacher=cached", "without_teacher=compute")
 also = ("soft", "agreement")
