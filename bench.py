@@ -269,6 +269,8 @@ def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compil
     options = {} if peer else {"temperature": 0, "compile": compile}
     if peer == "transformers":
         options = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "pad_token_id": 0}
+        if compile:  # on a CPU generate() does not compile by itself; a static cache keeps the shapes
+            model.forward, options["cache_implementation"] = torch.compile(model.forward), "static"
 
     def tokens(n):
         return list(model.generate(prompt, max_new_tokens=n, **options))
@@ -482,8 +484,10 @@ def decoding_arms(name: str, shape: Shape, *_) -> list[Arm]:
 
 def generation_arms(name: str, shape: Shape, cfg: BenchConfig, machine: dict) -> list[Arm]:
     ours = [{"compile": True}] * (cfg.compile != "false") + [{"compile": False}]
+    peers = [{"peer": peer} | options for peer in cfg.peer
+             for options in (ours if peer == "transformers" else ours[-1:])]
     return [*(Arm("nanoMem", generate, shape, options) for options in ours),
-            *(Arm(title(peer), generate, shape, {"peer": peer}) for peer in cfg.peer)]
+            *(Arm(title(options["peer"]), generate, shape, options) for options in peers)]
 
 
 ARMS = {  # of the shapes that are not simply training against peers

@@ -300,8 +300,10 @@ def test_arms_of_each_shape():
         assert [a.label for a in arms] == ["nanoMem", *shipped, f"nanoGPT compiled: {dtype}",
                                            "transformers as shipped: fp32", f"transformers compiled: {dtype}"]
         assert [a.options.get("compile") for a in arms[1:]] == [False, True, False, True][-len(arms) + 1:]
-    labels = ["nanoMem", "nanoMem", "nanoGPT", "transformers"]
-    assert [a.label for a in bench.arms_of("generate", cfg, {})] == labels
+    arms = bench.arms_of("generate", cfg, {})
+    assert [(a.label, a.options.get("compile")) for a in arms] == [
+        ("nanoMem", True), ("nanoMem", False), ("nanoGPT", False), ("transformers", True),
+        ("transformers", False)]
     by = [a.options["optimizer"] for a in bench.arms_of("muon", cfg, {})]
     assert by == ["muon", "adamw"]
     for compile in ("auto", "true"):
@@ -309,7 +311,7 @@ def test_arms_of_each_shape():
         assert [(a.options["dtype"], a.options["compile"]) for a in arms] == [
             ("int8", compile == "true"), ("fp32", compile == "true")]
     eager = dataclasses.replace(cfg, compile="false")
-    assert [a.label for a in bench.arms_of("generate", eager, {})] == labels[1:]
+    assert [a.label for a in bench.arms_of("generate", eager, {})] == ["nanoMem", "nanoGPT", "transformers"]
 
 
 def test_arms_of_distillation_take_the_same_gradient(monkeypatch):
