@@ -21,7 +21,7 @@ import torch
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CHUNK = 2**20  # elements converted at once, where the dtype changes; larger buffers fragment the heap
+CHUNK = 2**22  # elements converted at once, where the dtype changes; what is mapped of them counts as memory
 INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 WHOLE = "model.safetensors", "pytorch_model.bin"
 
@@ -76,25 +76,30 @@ class Safetensors:
             if self.places[name] != end or self.dtypes[name] != dtype or begin % dtype.itemsize:
                 return None
             end = path, end[1] + math.prod(self.shapes[name]) * dtype.itemsize
+        flat = torch.frombuffer(self.map_of(path), dtype=dtype, count=(end[1] - begin) // dtype.itemsize,
+                                offset=begin)
+        return flat.view(-1, *self.shapes[names[0]][1:])
+
+    def map_of(self, path: str) -> mmap.mmap:
         if path not in self.maps:
             with open(path, "rb") as f:
                 self.maps[path] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        flat = torch.frombuffer(self.maps[path], dtype=dtype, count=(end[1] - begin) // dtype.itemsize,
-                                offset=begin)
-        return flat.view(-1, *self.shapes[names[0]][1:])
+        return self.maps[path]
 
     def read_into(self, name: str, out) -> None:
         """Fill the contiguous tensor `out` with the tensor `name`, of as many elements, in out's dtype."""
         path, begin = self.places[name]
-        file = self.open.get(path) or self.open.setdefault(path, open(path, "rb", buffering=0))
-        file.seek(begin)
         flat, dtype = out.view(-1), self.dtypes[name]
         if out.dtype == dtype:
+            file = self.open.get(path) or self.open.setdefault(path, open(path, "rb", buffering=0))
+            file.seek(begin)
             return fill(file, flat, path)
-        for part in flat.split(CHUNK):
-            buffer = torch.empty(len(part), dtype=dtype)
-            fill(file, buffer, path)
-            part.copy_(buffer)
+        source = self.map_of(path)
+        for part in flat.split(CHUNK):  # by all threads, from the file's own pages, which are then let go
+            part.copy_(torch.frombuffer(source, dtype=dtype, count=len(part), offset=begin))
+            page, end = begin - begin % mmap.PAGESIZE, begin + len(part) * dtype.itemsize
+            source.madvise(mmap.MADV_DONTNEED, page, end - page)
+            begin = end
 
     def close(self) -> None:
         for file in self.open.values():
