@@ -12,6 +12,7 @@ Shapes: N tokens, R tokens of a chunk, C width, V vocabulary
 import torch
 
 CHUNK_BYTES = 2**27  # of logits: large enough to hide the cost of accumulating the (V, C) gradient
+COLUMNS = 2**15  # of the (C, V) gradient, added at a time
 SLICE_ELEMENTS = 2**21  # per softmax on a CPU: 8 MB of float32, which stay in its cache
 
 
@@ -95,7 +96,10 @@ class ChunkedLoss(torch.autograd.Function):
                     dx[start:start + R] = (logits @ w[:, :C]) * factor
                 if learns:
                     # a mean within the chunk: a sum over many rows may exceed fp16's 65,504
-                    dw.add_((rows * (factor / R)).to(dtype).t().contiguous() @ logits, alpha=R)
+                    scaled = (rows * (factor / R)).to(dtype).t().contiguous()  # (C or C + 1, R)
+                    for first in range(0, V, COLUMNS):  # all at once would take another (C, V)
+                        some = slice(first, first + COLUMNS)
+                        dw[:, some].add_(scaled @ logits[:, some], alpha=R)
             total = row_weights @ losses  # () or (1 + logged,)
         if grad:
             ctx.save_for_backward(dx, dw)
