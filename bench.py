@@ -285,7 +285,7 @@ def distill_loss(cfg: BenchConfig, shape: Shape, folder: str, plain: bool = Fals
     the teacher's is in the dtype of the matmuls, as it was loaded."""
     device = distributed.setup(cfg.device).device
     name = distributed.choose_dtype(cfg.dtype, device)[0]
-    if device.type == "cpu":
+    if device.type == "cpu" and not plain:  # as training does; a plain script would not ask for this
         distributed.keep_freed_memory()
     m, scale = shape.model, 1024.0 if name == "fp16" else 1.0
     N, V, C = shape.batch * m["max_seq_len"], m["vocab_size"], m["d_model"]
