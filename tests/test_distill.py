@@ -5,7 +5,7 @@ import os
 
 import distill
 import train
-from common import checkpoint
+from common import checkpoint, distill_report
 from common.config import ConfigError, UserError, load
 from common.data import DataError, open_text
 from common.distill_report import ngram_losses
@@ -24,6 +24,12 @@ CPU = torch.device("cpu")
 SMALL = {"device": "cpu", "dtype": "fp32", "max_seq_len": 32, "batch_size": 8, "lr": 3e-3}
 SHAPE = {"d_model": 32, "n_layers": 3, "n_heads": 2, "pos": "rope", "norm": "rmsnorm", "bias": False,
          "activation": "swiglu", "d_ff": 48, "head_bias": False}
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch):
+    """Greedy texts in reports are written token by token."""
+    monkeypatch.setattr(distill_report, "TOKENS", 20)
 
 
 @pytest.fixture(scope="module")
