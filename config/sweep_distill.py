@@ -1,11 +1,18 @@
 # Question: does a small student learn more from a teacher than from the text alone, at equal tokens, and at
 # equal compute with the teacher's included?
-#   python train.py config/demo.py && python sweep.py config/sweep_distill.py
+#   python sweep.py config/sweep_distill.py      # after the commands of config/distill_teacher.py
 # The controls read the same text without a teacher: as many tokens, as many FLOPs, or as many FLOPs as with a
 # cache, for which the teacher is run once. Each has three learning rates; compare the best with the best.
 from config.exp10_small import *
 
 script = "distill"
+teacher = ("out/distill_teacher",)
+data = "data/shakespeare_1k"
+max_seq_len = 64
+batch_size = 16
+eval_interval = 500
+prompts = ()
+
 arm = ("lr=5e-3", "lr=2e-2", "without_teacher=tokens lr=5e-3", "without_teacher=tokens",
        "without_teacher=tokens lr=2e-2", "without_teacher=cached", "without_teacher=compute")
 also = ("soft", "agreement")
