@@ -14,8 +14,8 @@ The loss is alpha * T^2 * D(teacher, student), both at temperature T, plus (1 - 
 the text, each a mean over the tokens that count; both are logged apart. The full logits of neither model are
 ever held. The student has the teacher's tokenizer and any architecture of model.py.
 
-out/NAME/ gets last.pt, best.pt, metrics.jsonl, loss.png, distill.png and report.md, which compares student
-and teacher; the same command resumes, to the bit.
+out/NAME/ gets last.pt, best.pt, metrics.jsonl, distill.png and report.md, which compares student and teacher;
+the same command resumes, to the bit.
 """
 import contextlib
 import functools
@@ -40,7 +40,6 @@ from common.samples import continue_prompts
 from common.source import architecture, inherit
 from common.step import NotFinite, backward, check_gradients, choose_compile, update, wrap
 from common.stop import StopRequest
-from common.tables import draw_losses
 from model import LM, ModelConfig, load_model
 from muon import OptimizerConfig, describe_groups, make_optimizer, parameter_groups, set_learning_rates
 
@@ -526,7 +525,6 @@ def record(cfg, plan: Plan, text: Text, model: LM, run: Run, progress: Progress,
         f"=== step {r['step']:,}, validation loss {r['val_loss']:.4f}\n"
         + "".join(f"{prompt}|{continuation}\n" for prompt, continuation in r["samples"].items())
         for r in rows if r.get("samples")))
-    draw_losses(rows, f"{cfg.name}: {model.count_parameters()['total']:,} parameters", run.path("loss.png"))
     draw(rows, cfg, baselines, run.path("distill.png"))
     return better
 
@@ -675,7 +673,7 @@ def finish(cfg: DistillConfig, plan: Plan, text: Text, teachers: list[LM], run: 
     if run.dist.is_main:
         write_text(run.path("report.md"), words)
         say(f"\n{words}\n{progress.ended}: {progress.step:,} steps, {run.seconds / 60:.1f} minutes of "
-            f"training\nin {run.folder}: best.pt, last.pt, metrics.jsonl, report.md, loss.png, distill.png; "
+            f"training\nin {run.folder}: best.pt, last.pt, metrics.jsonl, report.md, distill.png; "
             f"look at it with:  python sample.py {run.folder} {cfg.teacher[0]} --prompt=\"The\"")
     return row
 

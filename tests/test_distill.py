@@ -104,7 +104,7 @@ def test_lines_and_documents_are_those_of_the_text(tmp_path, kind):
 def test_a_run_leaves_what_it_says(small, teachers):
     row = distill.main(small())
     folder = os.path.join(row["config"]["out_dir"], "run")
-    found = {"last.pt", "best.pt", "metrics.jsonl", "loss.png", "distill.png", "report.md", "samples.txt",
+    found = {"last.pt", "best.pt", "metrics.jsonl", "distill.png", "report.md", "samples.txt",
              "tokenizer.json"}
     assert found <= set(os.listdir(folder))
     result = row["result"]
