@@ -1,7 +1,6 @@
 # Question: which teacher do the sweeps of distillation have? A small vocabulary makes them fast on a CPU.
 #   python prepare_data.py shakespeare --tokenizer=bpe:1024 --name=shakespeare_1k
 #   python train.py config/distill_teacher.py
-#   for n in 2 3; do python train.py config/distill_teacher.py --seed=$n --name=distill_teacher$n; done
 from config.demo import *
 
 data = "data/shakespeare_1k"

@@ -9,7 +9,6 @@ script = "distill"
 teacher = ("out/distill_teacher",)
 data = "data/shakespeare_1k"
 max_seq_len = 64
-batch_size = 16
 eval_interval = 500
 prompts = ()
 
