@@ -6,6 +6,7 @@
 # a row: beside cross-entropy that is alpha=0.97 (32:1). Collapsed: modal_share above 0.5.
 from config.sweep_distill import *
 
+script = "distill"
 alpha = 1.0
 examples = "lines"
 max_seq_len = 32

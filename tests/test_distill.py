@@ -27,9 +27,11 @@ SHAPE = {"d_model": 32, "n_layers": 3, "n_heads": 2, "pos": "rope", "norm": "rms
 
 
 @pytest.fixture(autouse=True)
-def short_texts(monkeypatch):
-    """Greedy texts in reports are written token by token."""
-    monkeypatch.setattr(distill_report, "TOKENS", 20)
+def short_reports(monkeypatch, request):
+    """Greedy texts are written token by token, figures take a second."""
+    monkeypatch.setattr(distill_report, "TOKENS", 8)
+    if "leaves" not in request.node.name:
+        monkeypatch.setattr(distill, "draw", lambda *a: None)
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +128,17 @@ def test_the_student_comes_nearer_to_its_teacher(small):
     assert soft[-1] < soft[0] and rows_of(cfg, "mean_soft")[-1] < rows_of(cfg, "mean_soft")[0]
 
 
-VARIANTS = {"plain": {}, "dropout, accumulated": {"dropout": 0.2, "micro_batch_size": 2},
-            "own words": {"on_policy": 0.4, "teacher_text": 0.3, "prompt_tokens": 4},
-            "lines": {"examples": "lines", "divergence": "jsd"},
-            "matching": {"match_hidden": 1.0, "match_attention": 1.0},
-            "layers, muon": {"student_layers": (0, 2), "optimizer": "muon", "n_layers": 2},
-            "context": {"mixer": "context", "context_update": "scan", "pos": "none", "d_ff": 32}}
+VARIANTS = {"own words": {"on_policy": 0.4, "teacher_text": 0.3, "prompt_tokens": 4},
+            "lines, matched": {"examples": "lines", "divergence": "jsd", "match_hidden": 1.0,
+                               "match_attention": 1.0},
+            "layers, muon, dropout": {"student_layers": (0, 2), "optimizer": "muon", "dropout": 0.2,
+                                      "micro_batch_size": 2}}
+SLOW = {"plain": {}, "context": {"mixer": "context", "context_update": "scan", "pos": "none", "d_ff": 32}}
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("options", [
+    *(pytest.param(o, id=name) for name, o in VARIANTS.items()),
+    *(pytest.param(o, id=name, marks=pytest.mark.slow) for name, o in SLOW.items())])
 def test_a_stopped_run_is_resumed_to_the_bit(small, monkeypatch, options):
     whole, parts = small(name="whole", **options), small(name="parts", **options)
     distill.main(whole)
@@ -145,6 +149,7 @@ def test_a_stopped_run_is_resumed_to_the_bit(small, monkeypatch, options):
     assert_same_run(whole, parts)
 
 
+@pytest.mark.slow  # half a minute; the loss on two processes is in test_distill_loss.py
 def test_two_processes_find_what_one_does(small, teachers):
     one, two = (small(name=name, examples="lines", teacher=tuple(teachers), micro_batch_size=2, max_steps=24)
                 for name in ("one", "two"))
