@@ -30,6 +30,8 @@ Shapes
     distill_loss  forward and backward of KL(teacher || student) through both heads, from hidden states of
                   width 256 and 896; 2,048 tokens, vocabulary 151,936; against nn.KLDivLoss on all logits of
                   both, and with every second token masked
+    distill       a step of exp 9's student with its teacher (random weights, 44.6M and 494M parameters), 16 x
+                  128 tokens; against nn.KLDivLoss on all logits, and with the teacher's words in a cache
     startup       from `python train.py config/demo.py` to the end of its first step, not compiled
     overhead      share of exp3's step spent outside forward and loss, backward, clipping and optimiser
     tiny          a smoke test
@@ -57,7 +59,7 @@ from typing import Literal, NamedTuple
 from common import data, distributed
 from common.config import UserError, launch, load
 from common.console import say
-from common.distill_loss import Mix, two_headed_loss
+from common.distill_loss import Mix, cached_loss, two_headed_loss
 from common.files import write_json
 from common.int8 import to_int8
 from common.race import HEAD, SPAWN, Arm, Runner, aligned, cells, compare, race, timed, warm_up
@@ -84,6 +86,7 @@ EIGHT = {"d_model": 256, "n_heads": 8, "vocab_size": 8192}
 QWEN2 = {"vocab_size": 151_936, "d_model": 320, "n_layers": 8, "n_heads": 10, "n_kv_heads": 2, "d_ff": 1280,
          "norm": "rmsnorm", "activation": "swiglu", "pos": "rope", "rope_theta": 1e6, "bias": False,
          "attn_bias": "qkv", "head_bias": False}
+TEACHER = QWEN2 | {"d_model": 896, "n_layers": 24, "n_heads": 14, "d_ff": 4864}  # Qwen2.5-0.5B
 SHAPES = {  # name: sequences per step, the config file, options on top of it
     **{f"exp{n}": (8 if n < 6 else 4, f"exp{n}", {}) for n in range(1, 8)},
     "d256": (16, "", EIGHT | {"max_seq_len": 256, "n_layers": 8}),
@@ -93,6 +96,8 @@ SHAPES = {  # name: sequences per step, the config file, options on top of it
     "scan8": (8, "newllm_scan", {"max_seq_len": 1024}), "decoding": (1, "newllm_baseline", {}),
     "qwen2": (4, "", QWEN2 | {"max_seq_len": 256}), "qwen2_decode": (1, "", QWEN2 | {"max_seq_len": 128}),
     "distill_loss": (1, "", {"vocab_size": 151_936, "d_model": 256, "max_seq_len": 2048}),
+    "distill": (16, "", QWEN2 | {"d_model": 256, "n_layers": 6, "n_heads": 8, "d_ff": 1024,
+                                 "max_seq_len": 128}),
     "generate": (1, "exp6", {}), "int8": (1, "exp6", {}), "startup": (8, "demo", {}),
     "overhead": (8, "exp3", {}), "tiny": (2, "", {"max_seq_len": 32, "d_model": 32, "n_layers": 2,
                                                   "n_heads": 2, "vocab_size": 512})}
@@ -317,6 +322,45 @@ def distill_loss(cfg: BenchConfig, shape: Shape, folder: str, plain: bool = Fals
                   flops=2 * V * (3 * C + teacher_width) / (1 + masked))
 
 
+def distill_step(cfg: BenchConfig, shape: Shape, folder: str, how: str, draws: int = 32) -> Runner:
+    """Training steps on KL(teacher || student), one micro-batch each. how: both heads chunk by chunk
+    ("chunks"), all logits ("plain"), or from sampled ids as a cache has them ("cached")."""
+    dist = distributed.setup(cfg.device)
+    name = distributed.choose_dtype(cfg.dtype, dist.device)[0]
+    if dist.device.type == "cpu" and how != "plain":
+        distributed.keep_freed_memory()
+    ours = TrainConfig(**shape.model, batch_size=shape.batch, epochs=0, max_steps=10**6)
+    student, T, V = LM(ours).to(dist.device), ours.max_seq_len, ours.vocab_size
+    optimizer, scaler = make_optimizer(student, ours), torch.amp.GradScaler(enabled=False)
+    x, y = torch.randint(V, (2, shape.batch, T), device=dist.device)
+    flops, teacher = student.flops_per_token(T), None
+    if how != "cached":
+        teacher = LM(ModelConfig(**TEACHER, max_seq_len=T)).to(dist.device, distributed.DTYPES[name])
+        teacher.eval().requires_grad_(False)
+        flops += teacher.flops_per_token(T) / 3
+    N = y.numel()
+    drawn = (torch.randint(V, (N, draws)), torch.full((N, draws), 1 / draws), None, torch.zeros(N))
+    drawn = [None if a is None else a.to(dist.device) for a in drawn]
+
+    def loss_of(net, x, y, state=None):
+        if how == "plain":
+            with torch.no_grad():
+                p = teacher(x)[0].softmax(dim=-1).flatten(0, 1)  # (N, V)
+            log_q = net(x)[0].log_softmax(dim=-1).flatten(0, 1)  # (N, V)
+            return nn.KLDivLoss(reduction="batchmean")(log_q, p), None
+        rows = net.hidden(x).flatten(0, 1), net.head.weight, None, y.flatten()
+        if how == "cached":
+            return cached_loss(*rows, drawn, Mix()), None
+        with torch.no_grad():
+            said = [(teacher.hidden(x).flatten(0, 1), teacher.head.weight, None)]
+        return two_headed_loss(*rows, said, Mix()), None
+
+    def step():
+        loss = backward(student, [(x, y)], dist, name, scaler, loss_of=loss_of)
+        update(student, optimizer, scaler, ours.grad_clip, loss.flatten()[0])
+    return Runner(training(step, shape, cfg, dist.device), note=name, dtype=name, flops=flops)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Peers: their own models and training steps
 
@@ -505,6 +549,8 @@ ARMS = {  # of the shapes that are not simply training against peers
     "distill_loss": lambda name, shape, *_: [
         Arm("two_headed_loss", distill_loss, shape), Arm("all logits", distill_loss, shape, {"plain": True}),
         Arm("half masked", distill_loss, shape, {"masked": True})],
+    "distill": lambda name, shape, *_: [Arm(title, distill_step, shape, {"how": how}) for title, how in (
+        ("chunk by chunk", "chunks"), ("all logits", "plain"), ("cached", "cached"))],
     **dict.fromkeys(("context32", "context512", "scan1", "scan8"), recurrent_arms),
     "decoding": decoding_arms, "generate": generation_arms, "qwen2": qwen2_arms,
     "qwen2_decode": lambda name, shape, cfg, machine: generation_arms(

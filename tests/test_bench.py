@@ -330,6 +330,23 @@ def test_arms_of_distillation_take_the_same_gradient(monkeypatch):
     assert found[0].flops == found[1].flops == 2 * found[2].flops == 2 * 97 * (3 * 256 + 896)
 
 
+def test_a_step_of_distillation_is_the_same_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr(bench, "training", lambda step, *_: step)
+    small = {"vocab_size": 97, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24}
+    monkeypatch.setattr(bench, "TEACHER", bench.TEACHER | small | {"d_model": 24})
+    shape = bench.Shape(2, bench.shape_of("distill").model | small | {"max_seq_len": 12})
+    made, heads = [], {}
+    monkeypatch.setattr(bench, "LM", lambda cfg: made.append(LM(cfg)) or made[-1])
+    for arm in bench.arms_of("distill", BenchConfig(), {}):
+        made.clear()
+        torch.manual_seed(0)
+        arm.make(BenchConfig(device="cpu", dtype="fp32"), shape, "", **arm.options).measure()
+        heads[arm.label] = made[0].head.weight.detach()
+        assert len(made) == (1 if arm.label == "cached" else 2)
+    torch.testing.assert_close(heads["chunk by chunk"], heads["all logits"], atol=1e-5, rtol=1e-3)
+    assert not torch.equal(heads["chunk by chunk"], heads["cached"])
+
+
 def test_the_int8_arm_generates_with_int8_weights(monkeypatch):
     made = []
     monkeypatch.setattr(bench, "LM", lambda cfg: made.append(LM(cfg)) or made[0])
