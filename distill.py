@@ -98,7 +98,7 @@ class DistillConfig(RunConfig, OptimizerConfig, ModelConfig):
     # evaluation and output
     eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once per epoch
     patience: int = 0  # stop after this many evaluations without a new best; 0 = never
-    prompts: tuple[str, ...] = ("The king", "To be, or not to be,")  # continued at each evaluation
+    prompts: tuple[str, ...] = ("The king",)  # continued at each evaluation and in the report
     sample_tokens: int = 40  # length of those samples, with temperature 0.8 and top_k 50
     top_tokens: int = 5  # rows of the report's table of next tokens
     log_interval: int = 10  # steps between rows of metrics.jsonl

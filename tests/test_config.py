@@ -177,17 +177,21 @@ def reads(source: str, classes: set[str], configs=("cfg", "self.cfg")) -> set[st
 def unread(script: str, cls, source: str = "") -> set[str]:
     """Options of `cls` that neither the script reads nor the module that declares them. Other modules do not
     count: common/ may mention an option of the same name for another script. What a script imports from
-    probes/ is part of it, and calls the config of an arm `arm`, `c` or `arms[a]`."""
+    probes/ is part of it, and calls the config of an arm `arm`, `c` or `arms[a]`; so is what scripts that
+    train share."""
     out, configs = set(), ("cfg", "self.cfg")
     used = re.findall(r"^from probes\.(\w+) import", Path(script).read_text(), re.M)
     parts = [Path(f"probes/{name}.py").read_text() for name in used]
     configs += ("arm", "c", "arms[a]") * bool(parts)
+    shared = re.findall(r"^from common\.(plan|samples|distill_report) import", Path(script).read_text(), re.M)
+    parts += [Path(f"common/{name}.py").read_text() for name in shared]
     for c in cls.__mro__[:-1]:
         if cls is sweep.SweepConfig and c is train.TrainConfig:
             break  # from here on, options are passed on to the script that is swept
         module = Path(sys.modules[c.__module__].__file__)
         texts = [source or Path(script).read_text(), *[module.read_text()] * (module.name != script), *parts]
-        names = vars(c).get("__annotations__", {}).keys() - {"POSITIONAL", "MAY_CHANGE", "SCRIPT_CONFIG"}
+        names = {name for name, kind in vars(c).get("__annotations__", {}).items()
+                 if "ClassVar" not in str(kind)}
         names -= set().union(*(vars(b).get("__annotations__", {}) for b in c.__mro__[1:]))  # only a default
         out |= names - set().union(*(reads(text, {k.__name__ for k in cls.__mro__}, configs)
                                      for text in texts))
@@ -203,7 +207,7 @@ def test_every_option_is_read(script, cls):
 
 
 @pytest.mark.parametrize("script, option", [  # common/ mentions each of them as cfg.OPTION
-    ("train.py", "batch_size"), ("train.py", "tbptt"), ("train.py", "device"), ("quantize.py", "data"),
+    ("train.py", "checkpoint_activations"), ("train.py", "tbptt"), ("train.py", "device"), ("quantize.py", "data"),
     ("sample.py", "device"), ("recall_probe.py", "window"), ("bench.py", "dropout")])
 def test_an_option_that_only_other_code_mentions_is_found(script, option):
     source = re.sub(rf"\bcfg\.{option}\b", "cfg.something", Path(script).read_text())
