@@ -207,8 +207,8 @@ def test_every_option_is_read(script, cls):
 
 
 @pytest.mark.parametrize("script, option", [  # common/ mentions each of them as cfg.OPTION
-    ("train.py", "checkpoint_activations"), ("train.py", "tbptt"), ("train.py", "device"), ("quantize.py", "data"),
-    ("sample.py", "device"), ("recall_probe.py", "window"), ("bench.py", "dropout")])
+    ("train.py", "checkpoint_activations"), ("train.py", "tbptt"), ("train.py", "device"),
+    ("quantize.py", "data"), ("sample.py", "device"), ("recall_probe.py", "window"), ("bench.py", "dropout")])
 def test_an_option_that_only_other_code_mentions_is_found(script, option):
     source = re.sub(rf"\bcfg\.{option}\b", "cfg.something", Path(script).read_text())
     assert any(f"cfg.{option}" in p.read_text() for p in Path("common").glob("*.py"))

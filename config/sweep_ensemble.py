@@ -1,0 +1,12 @@
+# Question: how much of what three small teachers know together does one student of their size keep?
+#   python sweep.py config/sweep_ensemble.py       # after config/sweep_distill.py, whose controls are the teachers
+# Kept: (a teacher's loss - the student's) / (a teacher's loss - that of their averaged probabilities).
+from config.sweep_distill import *
+
+script = "distill"
+teacher = tuple(f"out/sweep_distill_without_teacher-tokens_s{_n}" for _n in (1, 2, 3))
+alpha = 1.0
+seed = 4
+arm = ("alpha=0.5", "max_steps=2000", "teacher=out/sweep_distill_without_teacher-tokens_s1",
+       "without_teacher=tokens")
+also = ("teacher_loss", "soft")
