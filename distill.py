@@ -297,7 +297,7 @@ def plan_run(cfg: DistillConfig, dist, examples: Examples, needs, teachers: list
     read = sum(t.flops_per_token(cfg.max_seq_len) for t in teachers) / 3  # forward alone
     per_token = own + cfg.on_policy * own / 3 + (1 + cfg.teacher_text) * read * (not cfg.cache)
     rows = plan.steps * cfg.batch_size
-    once = read * examples.per_epoch if cfg.cache or cfg.without_teacher == "cached" else 0.0
+    once = read * min(rows, examples.per_epoch) if cfg.cache or cfg.without_teacher == "cached" else 0.0
     flops = rows * per_token + once  # times max_seq_len: of the distilled run
     if cfg.without_teacher == "compute":
         flops = rows * (own + read)

@@ -1,5 +1,5 @@
 # Question: how much of what three small teachers know together does one student of their size keep?
-#   python sweep.py config/sweep_ensemble.py      # after config/sweep_distill.py; its controls are the teachers
+#   python sweep.py config/sweep_ensemble.py   # after config/sweep_distill.py: its controls are the teachers
 # Kept: (a teacher's loss - the student's) / (a teacher's loss - that of their averaged probabilities).
 from config.sweep_distill import *
 

@@ -236,7 +236,9 @@ def test_equal_compute_counts_the_teacher(small, teachers):
     assert steps["compute"] == round(200 * (1 + own / student))
     text = open_text(small().data)
     rows = Examples(text.train, text.tok, "windows", 32, 1).per_epoch
-    assert steps["cached"] == round(200 + rows / 8 * own / student)
+    assert steps["cached"] == steps["compute"] and rows > 1600  # no row is read twice
+    cfg = small(without_teacher="cached", dry_run=True, max_steps=200, max_examples=100)
+    assert distill.main(cfg)["steps"] == round(200 + 100 / 8 * own / student)
 
 
 def test_two_teachers_are_averaged(small, teachers):
