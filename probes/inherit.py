@@ -55,7 +55,7 @@ import numpy as np
 import torch
 
 TWINS = ("A", "B")  # taught the treated facts, taught their controls
-KINDS = {"mem": "trained wording", "para": "other wording", "qa": "question"}
+KINDS = {"mem": "trained wording", "qa": "question"}
 STUDENTS = ("divergence", "alpha", "temperature", "reads", "share", "student", "lr", "steps")  # not teachers'
 
 # ------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def prompt_rows(cfg, world: World, facts: list[Fact], seed: int, step: int, n_ro
     rng, both = np.random.default_rng((seed, 23, step)), facts[:2 * (len(facts) // 3)]
     order = np.concatenate([rng.permutation(len(both)) for _ in range(1 + n_rows * cfg.max_seq_len
                                                                       // (6 * len(both)))])
-    places = rng.integers(1, TRAINED, len(order))  # the wordings of `mem`, `para` and `qa` are not among them
+    places = rng.integers(1, TRAINED, len(order))  # the wordings of the probes are not among them
     prompts = [world.ask(f, "", *world.prompt(f, f.order[k])).prompt
                for f, k in zip((both[i] for i in order), places, strict=True)]
     x, y = (z[:n_rows] for z in pack(prompts, cfg.max_seq_len, world.tok.eot))
@@ -140,6 +140,11 @@ def batch_of(cfg, world: World, facts: list[Fact], known: list, windows: Windows
 
 # ------------------------------------------------------------------------------------------------------------
 # Students
+
+
+def times_of(steps: int) -> list[int]:
+    """Steps of distillation at which facts are asked for: 0 and the last doublings, as asking costs steps."""
+    return [t for t in doublings(steps) if not t or 16 * t >= steps]
 
 
 def soft_loss(cfg, teacher: LM):
@@ -177,7 +182,7 @@ def distil(cfg, teacher: LM, facts: list[Fact], start: dict, text, world, seed: 
            bar: StepBar) -> dict | None:
     """Distil a student that begins as `start` and ask for the facts on the way; None if asked to stop. Every
     process has all rows."""
-    dist, dtype, times = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0], doublings(cfg.steps)
+    dist, dtype, times = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0], times_of(cfg.steps)
     model, optimizer = load_base(cfg, start, dist, carries(cfg))
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
     windows = Windows(text.train, cfg.max_seq_len, 2000 + seed)  # not the text of the teaching
@@ -282,7 +287,7 @@ def right(a: dict, b: dict, kind: str) -> list[float]:
 def analyse(cfg, arm, label: str, rows: dict[int, list[dict]]) -> dict:
     pairs, taught = list(rows.values()), [[r["teacher"] for r in twins] for twins in rows.values()]
     own = [halves(r, "hit mem")[i, :, -1] for twins in taught for i, r in enumerate(twins)]
-    out = {"arm": label, "seeds": list(rows), "steps": doublings(arm.steps), "kinds": {},
+    out = {"arm": label, "seeds": list(rows), "steps": times_of(arm.steps), "kinds": {},
            "knows": reads(own, pairs[0][0]["constant"]),  # the positive control
            **{key: np.mean([r[key] for twins in pairs for r in twins], axis=0).tolist()
               for key in ("text_loss", "apart")}}
