@@ -56,7 +56,7 @@ import torch
 
 TWINS = ("A", "B")  # taught the treated facts, taught their controls
 KINDS = {"mem": "trained wording", "qa": "question"}
-STUDENTS = ("divergence", "alpha", "temperature", "reads", "share", "student", "lr", "steps")  # not teachers'
+STUDENTS = ("divergence", "alpha", "temperature", "reads", "share", "student", "lr", "steps", "arm")
 
 # ------------------------------------------------------------------------------------------------------------
 # Teachers
@@ -80,7 +80,7 @@ def lessons(cfg, twin: str, facts: list[Fact], seed: int, world: World) -> list[
 
 
 def taught_by(cfg) -> str:
-    """What teachers depend on, besides the seed: arms that agree in it share them."""
+    """Options that teachers depend on: arms that agree in them share teachers."""
     return repr({k: v for k, v in asdict(cfg).items() if k not in STUDENTS})
 
 
@@ -318,8 +318,10 @@ def judge_all(arms: list[dict], bound: float) -> None:
 # Words, tables, figures
 
 
-def percent(share: dict) -> str:
-    return "{mean:.1%} ({low:.1%} to {high:.1%})".format(**share)
+def share_of(a: dict, kind: str) -> str:
+    """The effect as a share of the teachers' own, which may be nothing."""
+    share = a["kinds"][kind]["share"]
+    return "{mean:.0%} ({low:.0%} to {high:.0%})".format(**share) if a["knows"]["passed"] else "n/a"
 
 
 def words_of(a: dict) -> str:
@@ -337,7 +339,7 @@ def words_of(a: dict) -> str:
     for kind, name in KINDS.items():
         e = a["kinds"][kind]
         lines.append(f"    {name}: right {e['right'][0]:.0%} ({e['right'][1]:.0%}), {said(e['effect'])}; "
-                     f"{percent(e['share'])} of the teachers'")
+                     f"{share_of(a, kind)} of the teachers'")
     return "\n".join(lines)
 
 
@@ -346,8 +348,8 @@ def table_of(arms: list[dict]) -> str:
               "verdict", "share of the teachers'", "loss on text", "KL to the teacher"]]
     for a in arms:
         lines += [[a["arm"], name, *(f"{r:.0%}" for r in e["right"]), *cells(e["effect"]),
-                   percent(e["share"]), f"{a['text_loss'][-1]:.3f}", f"{a['apart'][-1]:.4f}"]
-                  for name, e in ((name, a["kinds"][kind]) for kind, name in KINDS.items())]
+                   share_of(a, kind), f"{a['text_loss'][-1]:.3f}", f"{a['apart'][-1]:.4f}"]
+                  for kind, name, e in ((kind, name, a["kinds"][kind]) for kind, name in KINDS.items())]
     return grid(lines)
 
 
@@ -364,7 +366,8 @@ def table_by_steps(arms: list[dict]) -> str:
 
 
 def draw(arms: list[dict], path: str) -> None:
-    """By steps of distillation: the effect, as a share of the teachers' own, and how near the teacher is."""
+    """The effect by steps of distillation, also as a share of the teachers' own, and by how near the students
+    are to their teachers."""
     figure = new_figure(14, 4.5)
     effect, share, near = figure.subplots(1, 3)
     for i, a in enumerate(arms):
@@ -374,12 +377,13 @@ def draw(arms: list[dict], path: str) -> None:
         if np.isfinite(half).all():
             effect.fill_between(a["steps"], mean - half, mean + half, color=style["color"], alpha=0.15, lw=0)
         share.plot(a["steps"], e["shares"], **style)
-        near.plot(a["steps"], a["apart"], **style)
-    titles = ("own teacher's facts - the other's, nats", "as a share of the teachers'",
-              "KL to the teacher on text, nats per token")
-    for axes, title in zip((effect, share, near), titles, strict=True):
-        axes.set(xscale="symlog", xlabel="steps of distillation", title=title)
+        near.plot(a["apart"], mean, marker=".", **style)
+    for axes in (effect, share, near):
+        axes.set(xscale="symlog", xlabel="steps of distillation", title="own teacher's facts - the other's, nats")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(alpha=0.3)
+    share.set_title("as a share of the teachers'")
+    near.set(xscale="log", xlabel="KL to the teacher on text, nats per token; nearer to the right")
+    near.invert_xaxis()
     effect.legend(fontsize=7)
     save_figure(figure, path)
