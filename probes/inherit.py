@@ -321,7 +321,10 @@ def judge_all(arms: list[dict], bound: float) -> None:
 def share_of(a: dict, kind: str) -> str:
     """The effect as a share of the teachers' own, which may be nothing."""
     share = a["kinds"][kind]["share"]
-    return "{mean:.0%} ({low:.0%} to {high:.0%})".format(**share) if a["knows"]["passed"] else "n/a"
+    if not a["knows"]["passed"]:
+        return "n/a"
+    return "{mean:.0%} ({low:.0%} to {high:.0%})".format(**share) if len(a["seeds"]) > 1 else \
+        "{mean:.0%}".format(**share)
 
 
 def words_of(a: dict) -> str:
@@ -379,7 +382,7 @@ def draw(arms: list[dict], path: str) -> None:
         share.plot(a["steps"], e["shares"], **style)
         near.plot(a["apart"], mean, marker=".", **style)
     for axes in (effect, share, near):
-        axes.set(xscale="symlog", xlabel="steps of distillation", title="own teacher's facts - the other's, nats")
+        axes.set(xscale="symlog", xlabel="steps of distillation", title="own teacher's facts - other's, nats")
         axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(alpha=0.3)
     share.set_title("as a share of the teachers'")
