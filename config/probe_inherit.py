@@ -13,4 +13,4 @@ exposures = 32
 spread = 128
 steps = 128
 arm = ["alpha=0", "temperature=4", "divergence=reverse_kl", "divergence=jsd", "reads=pool", "reads=names",
-       "reads=questions", "student=other", "student=other reads=questions"]
+       "reads=questions", "student=other", "student=other steps=512", "student=other reads=questions"]
