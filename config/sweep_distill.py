@@ -12,7 +12,7 @@ max_seq_len = 64
 eval_interval = 500
 prompts = ()
 
-arm = ("lr=5e-3", "lr=2e-2", "without_teacher=tokens lr=5e-3", "without_teacher=tokens",
-       "without_teacher=tokens lr=2e-2", "without_teacher=compute")
+arm = ("lr=2.5e-3", "lr=1e-2", "without_teacher=tokens lr=2.5e-3", "without_teacher=tokens",
+       "without_teacher=tokens lr=1e-2", "without_teacher=compute")
 also = ("soft", "agreement")
 seeds = 3

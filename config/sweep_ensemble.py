@@ -7,6 +7,5 @@ script = "distill"
 teacher = tuple(f"out/sweep_distill_without_teacher-tokens_s{_n}" for _n in (1, 2, 3))
 alpha = 1.0
 seed = 4
-arm = ("alpha=0.5", "max_steps=2000", "teacher=out/sweep_distill_without_teacher-tokens_s1",
-       "without_teacher=tokens")
+arm = ("max_steps=2000",)
 also = ("teacher_loss", "soft")
