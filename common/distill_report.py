@@ -2,6 +2,7 @@
 import math
 
 from common.collapse import compare, text_measures
+from common.files import read_rows
 from common.samples import continue_prompts, next_token_table, next_tokens
 from common.tables import grid, new_figure, save_figure
 
@@ -45,8 +46,19 @@ def final_report(cfg, plan, text, model, teachers: list, run, progress, stop) ->
              f"{both['soft']:.4f} nats.",
              (f"{len(sizes)} teachers: their probabilities are averaged; the greedy text is the first one's. "
               if len(sizes) > 1 else "") + f"Greedy text: {GREEDY} continuations of {TOKENS} tokens.",
+             "", *curve(read_rows(run.path("metrics.jsonl"))),
              *prompts(cfg, text, model, teachers[0], dist.device)]
     return result, "\n".join(words)
+
+
+def curve(rows: list[dict]) -> list[str]:
+    """Soft and hard loss at each evaluation: in training since the one before, and on the validation text."""
+    keys = ("mean_soft", "mean_hard", "val_soft", "val_loss")
+    lines = [["step", "epoch", "soft, training", "hard, training", "soft, validation", "hard, validation"]]
+    for r in (r for r in rows if "val_loss" in r):
+        numbers = ("" if r.get(k) is None else f"{r[k]:.4f}" for k in keys)
+        lines.append([f"{r['step']:,}", f"{r['epoch']:.2f}", *numbers])
+    return [grid(lines)]
 
 
 def greedy_texts(model, text, device) -> list[list[int]]:

@@ -2,6 +2,7 @@
 in test_distill_loss.py."""
 import dataclasses
 import os
+import re
 
 import distill
 import train
@@ -115,6 +116,8 @@ def test_a_run_leaves_what_it_says(small, teachers):
     assert 0 <= result["agreement"] <= 1 and result["soft"] > 0 and result["loss"] > result["teacher_loss"]
     report = open(os.path.join(folder, "report.md")).read()
     theirs = load_model(teachers[0])[0].count_parameters()["total"]
+    last = read_rows(os.path.join(folder, "metrics.jsonl"))[-1]
+    assert "| 12 | " in report.replace("  ", " ") and f"{last['mean_soft']:.4f}" in report
     assert f"{theirs:,}" in report and "teacher: The|" in report and "student: The|" in report
     assert read_ledger(row["config"]["out_dir"])[-1]["script"] == "distill"
     assert load_model(folder)[0].cfg.d_model == 16
