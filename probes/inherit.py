@@ -185,7 +185,7 @@ def distil(cfg, teacher: LM, facts: list[Fact], start: dict, text, world, seed: 
     dist, dtype, times = run.dist, choose_dtype(cfg.dtype, run.dist.device)[0], times_of(cfg.steps)
     model, optimizer = load_base(cfg, start, dist, carries(cfg))
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dtype == "fp16")
-    windows = Windows(text.train, cfg.max_seq_len, 2000 + seed)  # not the text of the teaching
+    windows = Windows(text.train, cfg.max_seq_len, 2000 + seed)  # in another order than for teachers
     pool = pool_of(cfg, world) if cfg.reads == "pool" else []
     known = world.sentences(list(itertools.product(pool, range(len(WORDINGS))))) if pool else []
     probes = [p for f in facts[:2 * (len(facts) // 3)] for p in world.probes(f) if p.kind in KINDS]
