@@ -34,7 +34,7 @@ from common.distill_report import draw, final_report, ngram_losses, token_counts
 from common.evaluate import evaluate, measures_text
 from common.examples import KINDS, Examples
 from common.files import read_rows, write_text
-from common.plan import Plan, choose_micro_batch, make_plan
+from common.plan import Plan, PlanConfig, choose_micro_batch, make_plan
 from common.run import Run, RunConfig, way_back
 from common.samples import continue_prompts
 from common.source import architecture, inherit
@@ -53,9 +53,8 @@ COMPARED = 2**14  # validation tokens on which the teacher is asked too at each 
 
 
 @dataclass
-class DistillConfig(RunConfig, OptimizerConfig, ModelConfig):
-    MAY_CHANGE = {"data", "checkpoint_activations", "memory_gb", "micro_batch_size", "max_minutes", "prompts",
-                  "sample_tokens", "top_tokens", "log_interval", "save_minutes"}
+class DistillConfig(PlanConfig, RunConfig, OptimizerConfig, ModelConfig):
+    MAY_CHANGE = {"data", "top_tokens"}
     tbptt: ClassVar[int] = 0  # for common/fit.py
     name: str = "distill"  # the run's folder in out_dir; by default the config file's name
     # data
@@ -86,43 +85,21 @@ class DistillConfig(RunConfig, OptimizerConfig, ModelConfig):
     teacher_text: float = 0.0  # share of steps on continuations by the teacher, with cross-entropy alone
     prompt_tokens: int = 0  # tokens of text that they continue; 0 = half of max_seq_len
     sample_temperature: float = 1.0  # of those continuations
-    # length: whichever ends first
-    epochs: float = -1.0  # passes over the examples; 0 = no limit; -1 = 1, or no limit with max_steps
-    max_steps: int = 0  # optimiser steps; 0 = no limit
-    max_minutes: float = 0.0  # save and stop after this long; the same command resumes; 0 = no limit
-    # batch
+    # report
     batch_size: int = 16  # sequences per optimiser step, over all processes
-    micro_batch_size: int = 0  # sequences per process and forward pass; 0 = as many as fit at the start
-    checkpoint_activations: bool = False  # recompute each block in backward: less memory, more time
-    memory_gb: float = 0.0  # what micro_batch_size=0 may fill; 0 = what is free now
-    # evaluation and output
-    eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once per epoch
-    patience: int = 0  # stop after this many evaluations without a new best; 0 = never
     prompts: tuple[str, ...] = ("The king",)  # continued at each evaluation and in the report
-    sample_tokens: int = 40  # length of those samples, with temperature 0.8 and top_k 50
     top_tokens: int = 5  # rows of the report's table of next tokens
-    log_interval: int = 10  # steps between rows of metrics.jsonl
-    save_minutes: float = 5.0  # minutes between saves of last.pt; evaluations save too; 0 = every step
 
     def problems(self) -> list[str]:
-        out = super().problems() + self.at_least(1, "batch_size", "log_interval", "top_tokens")
-        out += self.at_least(0, "micro_batch_size", "max_steps", "max_minutes", "eval_interval", "patience",
-                             "sample_tokens", "train_tokens", "save_minutes", "memory_gb", "min_tokens",
-                             "max_examples", "match_hidden", "match_attention", "prompt_tokens",
-                             "sample_temperature", "student_layers")
+        out = super().problems() + self.at_least(1, "top_tokens")
+        out += self.at_least(0, "train_tokens", "min_tokens", "max_examples", "match_hidden",
+                             "match_attention", "prompt_tokens", "sample_temperature", "student_layers")
         out += [f"{key} must be between 0 and 1, got {getattr(self, key)}"
                 for key in ("alpha", "on_policy", "teacher_text") if not 0 <= getattr(self, key) <= 1]
         out += [f"{key} must be above 0 and below 1, got {getattr(self, key)}"
                 for key in ("beta", "skew") if not 0 < getattr(self, key) < 1]
         if not self.temperature > 0:
             out.append(f"temperature must be above 0, got {self.temperature}")
-        if self.epochs < 0 and self.epochs != -1:
-            out.append(f"epochs must not be negative (except -1, the default), got {self.epochs}")
-        if not self.epochs and not self.max_steps:
-            out.append("the run has no end: set epochs or max_steps (max_minutes only stops a session)")
-        if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
-            out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
-                       f"batch_size={self.batch_size}")
         return out + self.teacher_problems() + self.sampling_problems()
 
     def teacher_problems(self) -> list[str]:
@@ -169,10 +146,6 @@ class DistillConfig(RunConfig, OptimizerConfig, ModelConfig):
             out.append(f"prompt_tokens={P} leaves nothing to write: it must be below "
                        f"max_seq_len={self.max_seq_len}")
         return out
-
-    def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
-        free = self.may_change() if free is None else free
-        return super().differences(saved, free | {"epochs"} if self.epochs < 0 else free)
 
     @property
     def control(self) -> bool:

@@ -25,7 +25,7 @@ from common.conversations import ChatRows, Chats
 from common.data import Mixed, Text, Windows, open_beside, open_text, read_meta, samples
 from common.evaluate import evaluate, measures_text
 from common.files import read_rows, write_text
-from common.plan import Plan, choose_micro_batch, make_plan
+from common.plan import Plan, PlanConfig, choose_micro_batch, make_plan
 from common.run import Run, RunConfig, way_back
 from common.samples import continue_prompts
 from common.source import carry_moments, inherit
@@ -42,10 +42,8 @@ import torch
 
 
 @dataclass
-class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
-    MAY_CHANGE = {"data", "replay_data", "lora_merge", "checkpoint_activations", "memory_gb",
-                  "micro_batch_size", "max_minutes", "eval_data", "eval_lens", "prompts", "sample_tokens",
-                  "log_interval", "save_minutes"}
+class TrainConfig(PlanConfig, RunConfig, OptimizerConfig, ModelConfig):
+    MAY_CHANGE = {"data", "replay_data", "lora_merge", "eval_data", "eval_lens"}
     name: str = "train"  # the run's folder in out_dir; by default the config file's name
     # data
     data: str = "data/shakespeare"  # folder made by prepare_data.py
@@ -58,38 +56,15 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
     lora_rank: int = 0  # train low-rank changes (LoRA) of the trunk's matrices alone; 0 = train everything
     lora_alpha: float = 16.0  # LoRA's changes are scaled by lora_alpha / lora_rank
     lora_merge: bool = False  # at the end also write merged.pt: best.pt as a plain model
-    # length: whichever ends first
-    epochs: float = -1.0  # passes over the training windows; 0 = no limit; -1 = 1, or no limit with max_steps
-    max_steps: int = 0  # optimiser steps; 0 = no limit
-    max_minutes: float = 0.0  # save and stop after this long; the same command resumes; 0 = no limit
-    # batch
-    batch_size: int = 32  # sequences per optimiser step, over all processes
-    micro_batch_size: int = 0  # sequences per process and forward pass; 0 = as many as fit at the start
+    # more about batches
     tbptt: int = 0  # tokens to back-propagate through; the state is carried along, memory stays flat; 0 = all
-    checkpoint_activations: bool = False  # recompute each block in backward: less memory, more time
-    memory_gb: float = 0.0  # what micro_batch_size=0 may fill; 0 = what is free now
-    # evaluation and output
-    eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once per epoch
+    # more to evaluate
     eval_data: tuple[str, ...] = ()  # also evaluate on these folders' validation text: what is forgotten?
     eval_lens: tuple[int, ...] = ()  # also evaluate at these context lengths (rope and none extrapolate)
-    patience: int = 0  # stop after this many evaluations without a new best; 0 = never
-    prompts: tuple[str, ...] = ()  # continued at each evaluation
-    sample_tokens: int = 40  # length of those samples, with temperature 0.8 and top_k 50
-    log_interval: int = 10  # steps between rows of metrics.jsonl
-    save_minutes: float = 5.0  # minutes between saves of last.pt; evaluations save too; 0 = every step
 
     def problems(self) -> list[str]:
-        out = super().problems() + self.at_least(1, "batch_size", "log_interval", "eval_lens")
-        out += self.at_least(0, "micro_batch_size", "tbptt", "max_steps", "max_minutes", "eval_interval",
-                             "patience", "sample_tokens", "train_tokens", "save_minutes", "memory_gb",
-                             "lora_rank")
-        if self.epochs < 0 and self.epochs != -1:
-            out.append(f"epochs must not be negative (except -1, the default), got {self.epochs}")
-        if not self.epochs and not self.max_steps:
-            out.append("the run has no end: set epochs or max_steps (max_minutes only stops a session)")
-        if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
-            out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
-                       f"batch_size={self.batch_size}")
+        out = super().problems() + self.at_least(1, "eval_lens")
+        out += self.at_least(0, "tbptt", "train_tokens", "lora_rank")
         known = self.n_tokens or not self.init_from  # else the architecture is in a checkpoint not read yet
         return out + self.continuation_problems() + (self.architecture_problems() if known else [])
 
@@ -126,10 +101,6 @@ class TrainConfig(RunConfig, OptimizerConfig, ModelConfig):
             out.append(f"eval_lens={self.eval_lens} goes past the learned positions, which end at "
                        f"max_seq_len={self.max_seq_len}; use pos=rope or pos=none")
         return out + lora.model_problems(self)
-
-    def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
-        free = self.may_change() if free is None else free
-        return super().differences(saved, free | {"epochs"} if self.epochs < 0 else free)
 
     def resolved(self, meta: dict | None) -> "TrainConfig":
         """With the architecture of `init_from`, and the vocabulary of the data folder's tokenizer."""

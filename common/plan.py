@@ -3,7 +3,46 @@ import math
 from dataclasses import dataclass, field
 
 from common import distributed, fit
-from common.config import UserError
+from common.config import Config, UserError
+
+
+@dataclass
+class PlanConfig(Config):
+    MAY_CHANGE = {"checkpoint_activations", "memory_gb", "micro_batch_size", "max_minutes", "prompts",
+                  "sample_tokens", "log_interval", "save_minutes"}
+    # length: whichever ends first
+    epochs: float = -1.0  # passes over the training samples; 0 = no limit; -1 = 1, or no limit with max_steps
+    max_steps: int = 0  # optimiser steps; 0 = no limit
+    max_minutes: float = 0.0  # save and stop after this long; the same command resumes; 0 = no limit
+    # batch
+    batch_size: int = 32  # sequences per optimiser step, over all processes
+    micro_batch_size: int = 0  # sequences per process and forward pass; 0 = as many as fit at the start
+    checkpoint_activations: bool = False  # recompute each block in backward: less memory, more time
+    memory_gb: float = 0.0  # what micro_batch_size=0 may fill; 0 = what is free now
+    # evaluation and output
+    eval_interval: int = 0  # steps between evaluations on the whole validation split; 0 = once per epoch
+    patience: int = 0  # stop after this many evaluations without a new best; 0 = never
+    prompts: tuple[str, ...] = ()  # continued at each evaluation
+    sample_tokens: int = 40  # length of those samples, with temperature 0.8 and top_k 50
+    log_interval: int = 10  # steps between rows of metrics.jsonl
+    save_minutes: float = 5.0  # minutes between saves of last.pt; evaluations save too; 0 = every step
+
+    def problems(self) -> list[str]:
+        out = super().problems() + self.at_least(1, "batch_size", "log_interval")
+        out += self.at_least(0, "micro_batch_size", "max_steps", "max_minutes", "eval_interval", "patience",
+                             "sample_tokens", "save_minutes", "memory_gb")
+        if self.epochs < 0 and self.epochs != -1:
+            out.append(f"epochs must not be negative (except -1, the default), got {self.epochs}")
+        if not self.epochs and not self.max_steps:
+            out.append("the run has no end: set epochs or max_steps (max_minutes only stops a session)")
+        if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
+            out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
+                       f"batch_size={self.batch_size}")
+        return out
+
+    def differences(self, saved: dict, free: set[str] | None = None) -> list[str]:
+        free = self.may_change() if free is None else free
+        return super().differences(saved, free | {"epochs"} if self.epochs < 0 else free)
 
 
 @dataclass

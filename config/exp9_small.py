@@ -1,5 +1,6 @@
 # Question: does a small student collapse that learns from probabilities alone?
-# The twin of exp 9 for a CPU: as config/exp10_small.py, without cross-entropy with the text.
+# Changed from exp 9: the teacher and student of exp10_small.py, for a CPU.
+# Documents: see exp 9.
 #   python train.py config/demo.py && python distill.py config/exp9_small.py
 from config.exp10_small import *
 
