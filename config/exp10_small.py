@@ -1,5 +1,5 @@
 # Question: does a teacher help a student of a quarter of its size that reads the same text?
-# Changed from exp 10: a teacher trained here in minutes, whose student takes a few more on a CPU; Shakespeare.
+# Changed from exp 10: a teacher trained here in minutes and a student that takes a few more; Shakespeare.
 # Documents: see exp 10.
 #   python train.py config/demo.py && python distill.py config/exp10_small.py
 #   python distill.py config/exp10_small.py --without_teacher=tokens --name=exp10_alone   # the control
