@@ -398,10 +398,11 @@ def report(cfg: SweepConfig, arms: list[Arm], runs: list[Run], folder: str) -> d
     return row
 
 
-def chosen_config() -> type:
+def chosen_config(argv: list[str] | None = None) -> type:
     """For the script named by the flag, or by a line of the first config file, or train."""
-    flags = [a.partition("=")[2] for a in sys.argv[1:] if a.startswith("--script=")]
-    files = [a for a in sys.argv[1:] if a.endswith(".py") and not a.startswith("-") and os.path.isfile(a)]
+    argv = sys.argv[1:] if argv is None else argv
+    flags = [a.partition("=")[2] for a in argv if a.startswith("--script=")]
+    files = [a for a in argv if a.endswith(".py") and not a.startswith("-") and os.path.isfile(a)]
     for path in files[:1]:
         with open(path, encoding="utf-8", errors="replace") as f:
             flags += re.findall(r"""^script *= *["'](\w+)["']""", f.read(), re.M)

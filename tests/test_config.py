@@ -266,14 +266,13 @@ def test_help_exits_with_0(capsys):
 
 
 @pytest.mark.parametrize("path", sorted(Path("config").glob("[a-z]*.py")), ids=lambda p: p.stem)
-def test_every_config_loads_and_says_what_it_asks(path, monkeypatch):
+def test_every_config_loads_and_says_what_it_asks(path):
     kinds = {"probe": memory_probe.ProbeConfig, "loop": loop_train.LoopConfig,
              "steer": optimizer_probe.SteerConfig, "rates": optimizer_probe.SteerConfig,
              "exp9": distill.DistillConfig, "exp10": distill.DistillConfig}
     cls = kinds.get(path.stem.split("_")[0], train.TrainConfig)
     if path.stem.startswith("sweep"):
-        monkeypatch.setattr(sys, "argv", ["sweep.py", str(path)])
-        cls = sweep.chosen_config()
+        cls = sweep.chosen_config([str(path)])
     assert load(cls, [str(path)]).name == path.stem
     head = path.read_text().splitlines()[:4]
     if path.stem.startswith(("exp", "mini")):

@@ -58,6 +58,10 @@ def words_of(command: str) -> tuple[str, list[str]]:
     return script, words[words.index(script) + 1:]
 
 
+def config_of(script: str, args: list[str]) -> type:
+    return sweep.chosen_config(args) if script == "sweep.py" else SCRIPTS[script][1]
+
+
 COMMANDS = list(commands())
 ALL = sorted({(path, command) for path, command in COMMANDS if "softsign" not in command})  # tried below
 
@@ -71,7 +75,7 @@ def test_command_parses(path, command):
     script, args = words_of(command)
     if "--help" not in args and script in SCRIPTS:  # train.py of nanoGPT stands in RESULTS.md too
         if path != "RESULTS.md" or "--eval_iters=20" not in args:
-            load(SCRIPTS[script][1], args)
+            load(config_of(script, args), args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -79,6 +83,7 @@ def test_command_parses(path, command):
 
 SMALLER = {  # flags that make them cheap; the last one given counts
     "train.py": ["--batch_size=2", "--max_seq_len=16", "--epochs=0", "--max_steps=2", "--device=cpu"],
+    "distill.py": ["--batch_size=2", "--max_seq_len=16", "--epochs=0", "--max_steps=2", "--device=cpu"],
     "sample.py": ["--max_new_tokens=3", "--write_tokens=300", "--device=cpu"],
     "quantize.py": ["--speed_tokens=0", "--device=cpu"],
     "sweep.py": ["--dry_run"], "bench.py": ["--shapes=tiny", "--rounds=1", "--steps=1", "--device=cpu"],
@@ -110,7 +115,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
     mine = [c for p, c in COMMANDS if p == "README.md" and not any(word in c for word in ELSEWHERE)]
     for command in ["python train.py config/mini3.py", "python train.py config/mini6.py", *mine]:
         script, args = words_of(command)
-        main, cls = SCRIPTS[script]
+        main, cls = SCRIPTS[script][0], config_of(script, args)
         smaller = [] if "--dry_run" in args and script == "train.py" else SMALLER[script]
         assert isinstance(main(load(cls, args + smaller)), dict), command
     out = capsys.readouterr().out
