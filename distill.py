@@ -1,6 +1,6 @@
 """Distillation: a small student learns what a large teacher would say, not only what the text says.
 
-    python distill.py config/exp10_small.py                               # teacher: out/demo; minutes on a CPU
+    python distill.py config/exp10_small.py                               # teacher: out/demo; minutes
     python distill.py config/exp9.py --dry_run                            # two models: will they fit?
     python distill.py --teacher=out/a --teacher=out/b --d_model=64        # several teachers, averaged
     python distill.py --teacher=out/demo --student_layers=0,3             # start from two of its layers
