@@ -280,7 +280,7 @@ def table(cfg: SweepConfig, results: list[dict]) -> str:
         lines.append([r["arm"], *(format(x, form) if math.isfinite(x) else ""
                                   for x, form in zip(numbers, forms, strict=True))])
     for name in results[0]["also"]:
-        cells = [name, *(f"{r['also'][name]:.4g}" for r in results)]
+        cells = [name, *(f"{r['also'][name]:.4f}" for r in results)]
         lines = [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
     return grid(lines)
 
