@@ -96,7 +96,7 @@ SMALLER = {  # flags that make them cheap; the last one given counts
     "optimizer_probe.py": ["--targets=2", "--seeds=1", "--steps=2", "--profiles=entries", "--device=cpu"],
     "pretrained.py": [],
     "recall_probe.py": ["--steps=2", "--eval_sequences=2", "--batch_size=4", "--device=cpu"]}
-ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign", "Qwen/")  # have tests of their own
+ELSEWHERE = ("prepare_data.py", "torchrun", "--peer", "softsign", "Qwen/", "probe_inherit")  # have tests of their own
 
 
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
