@@ -59,14 +59,15 @@ from typing import Literal, NamedTuple
 from common import data, distributed
 from common.config import UserError, launch, load
 from common.console import say
+from common.decoding_points import Point, decoding_table, draw_decoding, fit_slope, state_bytes
 from common.distill_loss import Mix, cached_loss, two_headed_loss
 from common.files import write_json
 from common.int8 import to_int8
 from common.race import HEAD, SPAWN, Arm, Runner, aligned, cells, compare, race, timed, warm_up
 from common.run import MachineConfig, append_to_ledger, git_commit, ledger_row
 from common.step import backward, choose_compile, next_token_loss, update, wrap
-from common.tables import new_figure, save_figure
 from common.tokenizer import rank_bpe
+from common.written_out import ContextLoop, PlainLSTM
 from model import LM, ModelConfig
 from muon import make_optimizer, set_learning_rates
 from pretrained import config_of
@@ -365,43 +366,6 @@ def distill_step(cfg: BenchConfig, shape: Shape, folder: str, how: str, draws: i
 # Peers: their own models and training steps
 
 
-class ContextLoop(nn.Module):
-    """The gated context vector, its equations written out in a loop over positions."""
-
-    def __init__(self, m: dict):
-        super().__init__()
-        C, d_ff, K = m["d_model"], m["d_ff"], m["context_dim"]
-        self.embed = nn.Embedding(m["vocab_size"], C)
-        self.layers = nn.ModuleList(nn.Linear(d_ff if i else C + K, d_ff) for i in range(m["n_layers"]))
-        self.forget, self.input, self.update = (nn.Linear(d_ff, K) for _ in range(3))
-        self.norm, self.head = nn.LayerNorm(K), nn.Linear(d_ff, m["vocab_size"])
-
-    def forward(self, tokens):
-        """(B, T) -> logits (B, T, V)"""
-        logits, c = [], self.norm.weight.new_zeros(len(tokens), len(self.norm.weight))  # (B, K)
-        for t in range(tokens.size(1)):
-            h = torch.cat((self.embed(tokens[:, t]), c), dim=1)  # (B, C + K)
-            for layer in self.layers:
-                h = F.relu(layer(h))  # (B, F)
-            logits.append(self.head(h))  # (B, V)
-            c = torch.sigmoid(self.forget(h)) * c + torch.sigmoid(self.input(h)) * self.update(h)  # (B, K)
-            c = self.norm(c).clamp(-10, 10)
-        return torch.stack(logits, dim=1)  # (B, T, V)
-
-
-class PlainLSTM(nn.LSTM):
-    """torch's LSTM of width d_ff between an embedding and a head."""
-
-    def __init__(self, m: dict):
-        super().__init__(m["d_model"], m["d_ff"], batch_first=True)
-        self.embed = nn.Embedding(m["vocab_size"], m["d_model"])
-        self.head = nn.Linear(m["d_ff"], m["vocab_size"])
-
-    def forward(self, tokens):
-        """(B, T) -> logits (B, T, V)"""
-        return self.head(super().forward(self.embed(tokens))[0])
-
-
 WRITTEN_OUT = {"loop": ContextLoop, "nn.LSTM": PlainLSTM}  # as somebody would write them in a plain script
 
 
@@ -561,27 +525,6 @@ ARMS = {  # of the shapes that are not simply training against peers
 # Decoding at length
 
 
-@dataclass
-class Point:
-    """One model after `length` tokens, in its own process; after a failure only `error` is filled in."""
-    shape: str
-    arm: str
-    length: int
-    parameters: int = 0
-    state_bytes: int = 0  # of all buffers of the decoding state, full or not
-    peak_gb: float = 0.0  # of the process
-    grown_gb: float = 0.0  # of that peak, what came after the warm-up
-    ms_per_token: float = 0.0  # median
-    slope: float | None = None  # of log(state_bytes) against log(length), fitted over the arm's lengths
-    error: str = ""
-
-
-def state_bytes(state) -> int:
-    parts = [part for layer in state.layers for value in vars(layer).values()
-             for part in (value if isinstance(value, tuple) else (value,)) if torch.is_tensor(part)]
-    return sum({part.data_ptr(): part.untyped_storage().nbytes() for part in parts}.values())
-
-
 def decode(cfg: BenchConfig, arm: Arm, length: int, piece: int = 512, steps: int = 200) -> Point:
     """Read `length` random tokens in pieces, then time `steps` steps of one token; or, if the arm says so,
     generate() all of them from a prompt of one."""
@@ -630,43 +573,6 @@ def decode_all(arms: list[Arm], cfg: BenchConfig, bar: tqdm) -> list[Point]:
         fit_slope(mine)
         points += mine
     return points
-
-
-def fit_slope(points: list[Point]) -> None:
-    good = [p for p in points if not p.error]
-    if len({p.length for p in good}) > 1:
-        slope = np.polyfit(np.log([p.length for p in good]), np.log([p.state_bytes for p in good]), 1)[0]
-        for p in good:
-            p.slope = round(float(slope), 3) + 0.0  # not -0.0
-
-
-def decoding_table(points: list[Point]) -> str:
-    row = "{:<8}  {:<24} {:>10} {:>9} {:>14} {:>9} {:>10} {:>11} {:>6}"
-    lines = [row.format("decoding", "", "parameters", "tokens", "state", "peak", "grown by", "per token",
-                        "slope")]
-    for p in points:
-        values = ("failed", "", "", "", "") if p.error else (
-            f"{p.state_bytes:,} B", f"{1000 * p.peak_gb:.0f} MB", f"{1000 * p.grown_gb:.1f} MB",
-            f"{p.ms_per_token:.2f} ms", "n/a" if p.slope is None else f"{p.slope:.2f}")
-        lines.append(row.format(p.shape, p.arm, f"{p.parameters:,}", f"{p.length:,}", *values).rstrip())
-    return "\n".join(lines)
-
-
-def draw_decoding(points: list[Point], path: str) -> None:
-    """Memory (solid: the state; dashed: the process's peak) and ms per token against length."""
-    figure = new_figure(10, 4.2)
-    memory, speed = figure.subplots(1, 2)
-    for i, arm in enumerate(dict.fromkeys(p.arm for p in points)):
-        mine = [p for p in points if p.arm == arm and not p.error]
-        lengths, style = [p.length for p in mine], {"color": f"C{i}", "marker": "o", "markersize": 4}
-        memory.plot(lengths, [p.state_bytes / 1e6 for p in mine], label=arm, **style)
-        memory.plot(lengths, [1000 * p.peak_gb for p in mine], linestyle="--", **style)
-        speed.plot(lengths, [p.ms_per_token for p in mine], label=arm, **style)
-    for axes, label in ((memory, "MB: state; dashed: peak of the process"), (speed, "ms per token")):
-        axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
-        axes.grid(alpha=0.3)
-    speed.legend(fontsize=8)
-    save_figure(figure, path)
 
 
 # ------------------------------------------------------------------------------------------------------------

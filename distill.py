@@ -30,13 +30,13 @@ from common.config import UserError, launch
 from common.console import StepBar, resume_command, say
 from common.data import Text, open_text
 from common.distill_loss import DIVERGENCES, Mix, cached_loss, two_headed_loss
-from common.distill_report import draw, final_report, ngram_losses, token_counts
+from common.distill_report import draw, final_report, ngram_losses
 from common.evaluate import evaluate, measures_text
 from common.examples import KINDS, Examples
 from common.files import read_rows, write_text
 from common.plan import Plan, PlanConfig, choose_micro_batch, make_plan
 from common.run import Run, RunConfig, way_back
-from common.samples import continue_prompts
+from common.samples import continue_prompts, write_samples
 from common.source import architecture, inherit
 from common.step import NotFinite, backward, check_gradients, choose_compile, update, wrap
 from common.stop import StopRequest
@@ -85,7 +85,7 @@ class DistillConfig(PlanConfig, RunConfig, OptimizerConfig, ModelConfig):
     teacher_text: float = 0.0  # share of steps on continuations by the teacher, with cross-entropy alone
     prompt_tokens: int = 0  # tokens of text that they continue; 0 = half of max_seq_len
     sample_temperature: float = 1.0  # of those continuations
-    # report
+    # other defaults than train.py, and the report
     batch_size: int = 16  # sequences per optimiser step, over all processes
     prompts: tuple[str, ...] = ("The king",)  # continued at each evaluation and in the report
     top_tokens: int = 5  # rows of the report's table of next tokens
@@ -189,19 +189,19 @@ class DistillConfig(PlanConfig, RunConfig, OptimizerConfig, ModelConfig):
 # Models
 
 
-class Teachers(NamedTuple):
-    models: list[LM]  # [] where training reads none
-    flops: float  # of a forward pass of all of them, per token
-    parameters: int
+class Teaching(NamedTuple):
+    """Where soft labels come from."""
+    models: list[LM]  # teachers in memory; [] if a cache stands for them, or training reads none
+    cache: teacher_cache.TeacherCache | None
+    vocab: int  # ids that all models have
 
 
 class Distiller(nn.Module):
     """The student with its loss, in one call, as DDP needs it. The teachers are not its parameters."""
 
-    def __init__(self, model: LM, teachers: list[LM], cfg: DistillConfig, vocab: int, compiled: bool):
+    def __init__(self, model: LM, teaching: Teaching, cfg: DistillConfig, compiled: bool):
         super().__init__()
-        self.model, self.cfg, self.vocab = model, cfg, vocab
-        self.teachers = (teachers,)  # in a tuple, so not registered
+        self.model, self.cfg, self.teaching, teachers = model, cfg, teaching, teaching.models
         matched = teachers and (cfg.match_hidden or cfg.match_attention)
         self.pairs = matching.layer_pairs(cfg.n_layers, teachers[0].cfg.n_layers) if matched else []
         self.read = [torch.compile(t.hidden) if compiled else t.hidden for t in teachers]
@@ -209,12 +209,12 @@ class Distiller(nn.Module):
     def forward(self, x, y, *cached, mix: Mix):
         """x (B, T), y (B, T) and what the cache holds for them -> [loss, soft, hard] (3,), for which see
         common/distill_loss.py. The loss also has what the options add to it."""
-        balances, (teachers,), cfg = [], self.teachers, self.cfg
+        balances, teachers, vocab, cfg = [], self.teaching.models, self.teaching.vocab, self.cfg
         with self.watching(self.model, 0) as ours:
             hidden = self.model.hidden(x, balances=balances).flatten(0, 1)  # (B T, C)
         head = self.model.head
-        bias = None if head.bias is None else head.bias[:self.vocab]
-        rows = hidden, head.weight[:self.vocab], bias, y.flatten()
+        bias = None if head.bias is None else head.bias[:vocab]
+        rows = hidden, head.weight[:vocab], bias, y.flatten()
         if cached:
             ids, probs, entropy, *tail = (part.flatten(0, 1) for part in cached)
             losses = cached_loss(*rows, (ids, probs, tail[0] if tail else None, entropy), mix)
@@ -268,33 +268,42 @@ def plan_run(cfg: DistillConfig, dist, examples: Examples, needs, teachers: list
     plan = make_plan(cfg, dist.world, examples.per_epoch, micro)
     own = needs.model.flops_per_token(cfg.max_seq_len)  # forward and backward
     read = sum(t.flops_per_token(cfg.max_seq_len) for t in teachers) / 3  # forward alone
-    per_token = own + cfg.on_policy * own / 3 + (1 + cfg.teacher_text) * read * (not cfg.cache)
-    rows = plan.steps * cfg.batch_size
-    once = read * min(rows, examples.per_epoch) if cfg.cache or cfg.without_teacher == "cached" else 0.0
-    flops = rows * per_token + once  # times max_seq_len: of the distilled run
-    if cfg.without_teacher == "compute":
-        flops = rows * (own + read)
-    if cfg.without_teacher == "cached":
-        flops = rows * own + once
-    if cfg.without_teacher in ("compute", "cached"):
-        plan.steps = round(flops / own / cfg.batch_size)
-    if cfg.control:
-        per_token = own
-        flops = plan.steps * cfg.batch_size * own
-    plan.flops_per_token, plan.run_flops = per_token, flops * cfg.max_seq_len
+    plan.steps, flops = cost_of(cfg, plan, own, read)
+    plan.run_flops = flops * cfg.max_seq_len
+    plan.flops_per_token = flops / (plan.steps * cfg.batch_size)
     plan.peak_flops = distributed.peak_flops(dist.device, dtype) * dist.world
     plan.dtype = dtype
     plan.compiled, why_compile = choose_compile(cfg.compile, plan.run_flops, dist.device)
     if cfg.match_hidden or cfg.match_attention:
         plan.compiled, why_compile = False, "layers are watched"
+    plan.notes = [f"device      {distributed.device_name(dist.device)}; {dtype}: {why}; "
+                  f"{'compiled' if plan.compiled else 'not compiled'}: {why_compile}",
+                  *describe(cfg, plan, examples, needs, teachers, room, (own, read)), *[note] * bool(note)]
+    return plan
+
+
+def cost_of(cfg: DistillConfig, plan: Plan, own: float, read: float) -> tuple[int, float]:
+    """(steps, the run's FLOPs over max_seq_len), from a token's FLOPs: training the student, `own`, and
+    reading the teachers, `read`. A control at equal compute has as many steps as the teachers' FLOPs buy."""
+    rows = plan.steps * cfg.batch_size
+    once = cfg.cache or cfg.without_teacher == "cached"  # a row is read once, however often it is trained on
+    passes = min(rows, plan.per_epoch) if once else rows
+    if cfg.without_teacher in ("compute", "cached"):
+        steps = round((rows + passes * read / own) / cfg.batch_size)
+        return steps, steps * cfg.batch_size * own
+    if not cfg.uses_teacher:
+        return plan.steps, rows * own
+    return plan.steps, rows * own * (1 + cfg.on_policy / 3) + passes * read + rows * cfg.teacher_text * read
+
+
+def describe(cfg: DistillConfig, plan: Plan, examples: Examples, needs, teachers: list, room: float,
+             flops: tuple[float, float]) -> list[str]:
     n, total = needs.model.count_parameters(), [t.count_parameters()["total"] for t in teachers]
     T, needed = cfg.max_seq_len, needs.peak(plan.micro, plan.world)
     target = "the text alone (control)" if cfg.control else (
         f"{cfg.alpha:g} x {cfg.divergence} at temperature {cfg.temperature:g} + {1 - cfg.alpha:g} x "
         "cross-entropy")
-    plan.notes = [
-        f"device      {distributed.device_name(dist.device)}; {dtype}: {why}; "
-        f"{'compiled' if plan.compiled else 'not compiled'}: {why_compile}",
+    return [
         f"teacher     {', '.join(cfg.teacher)}: {' + '.join(f'{t:,}' for t in total)} parameters"
         + (f", read once into {cfg.cache}" if cfg.cache else ""),
         f"student     {n['total']:,} parameters ({n['non_embedding']:,} without embeddings), 1/"
@@ -305,12 +314,12 @@ def plan_run(cfg: DistillConfig, dist, examples: Examples, needs, teachers: list
         f"memory      about {needed / 1e9:.2f} GB at its peak, both models" + " a process" * (plan.world > 1)
         + (f", of {room / 1e9:.2f} GB" if room < math.inf else "")
         + ("; it will not fit: try --checkpoint_activations" if needed > room else ""),
-        f"cost        {own / 1e6:.1f} MFLOPs per token for the student, {read / 1e6:.1f} for the teacher; "
+        f"cost        {flops[0] / 1e6:.1f} MFLOPs per token for the student, {flops[1] / 1e6:.1f} for the "
+        f"teacher; "
         f"{plan.run_flops:.2e} FLOPs for the run",
         *describe_groups(parameter_groups(needs.model, cfg)),
         f"run         {plan.steps:,} steps = {plan.steps * cfg.batch_size / examples.per_epoch:.2f} epochs "
-        f"of {examples.per_epoch:,} rows", *[note] * bool(note)]
-    return plan
+        f"of {examples.per_epoch:,} rows"]
 
 
 def started(cfg: DistillConfig) -> str:
@@ -362,10 +371,10 @@ def continued(model: LM, x, sample: int, cfg: DistillConfig):
     return rows[:, :-1], y
 
 
-def fetch(cfg: DistillConfig, plan: Plan, examples: Examples, cache, model: LM, teachers: list[LM],
-          source: str, step: int, dist) -> list[tuple]:
+def fetch(cfg: DistillConfig, plan: Plan, examples: Examples, model: LM, teaching: Teaching, source: str,
+          step: int, dist) -> list[tuple]:
     """This process's micro-batches of a step."""
-    out = []
+    out, teachers = [], teaching.models
     for sample in plan.samples(step, dist.rank):
         x, y = examples.batch(sample, plan.micro, dist.device)
         if source == "student":
@@ -373,8 +382,8 @@ def fetch(cfg: DistillConfig, plan: Plan, examples: Examples, cache, model: LM, 
         if source == "teacher":
             x, y = continued(teachers[sample // plan.micro % len(teachers)], x, sample, cfg)
         kept = ()
-        if cache:
-            ids, probs, tail, entropy = cache.rows(examples.index(sample, plan.micro), dist.device)
+        if teaching.cache:
+            ids, probs, tail, entropy = teaching.cache.rows(examples.index(sample, plan.micro), dist.device)
             kept = (ids, probs, entropy) if tail is None else (ids, probs, entropy, tail)
         out.append((x, y, *kept))
     return out
@@ -385,13 +394,10 @@ def mix_of(cfg: DistillConfig, source: str) -> Mix:
     return Mix(cfg.divergence, 0.0 if cfg.control else alpha, cfg.temperature, cfg.beta, cfg.skew)
 
 
-def distill(cfg: DistillConfig, plan: Plan, text: Text, examples: Examples, cache, model: LM,
-            teachers: list[LM], vocab: int, optimizer, scaler, run: Run, progress: Progress,
-            stop: StopRequest, needs) -> None:
-    dist = run.dist
-    net = wrap(Distiller(model, teachers, cfg, vocab, plan.compiled), plan.compiled, dist)
+def distill(cfg: DistillConfig, plan: Plan, text: Text, examples: Examples, model: LM, teaching: Teaching,
+            optimizer, scaler, run: Run, progress: Progress, stop: StopRequest, needs) -> None:
+    dist, net = run.dist, wrap(Distiller(model, teaching, cfg, plan.compiled), plan.compiled, run.dist)
     baselines = ngram_losses(text.train, text.val, model.n_tokens)
-    unigram = token_counts(text.train, model.n_tokens)
 
     def save(name: str) -> None:
         run.save(name, model, optimizer, scaler, **asdict(progress))
@@ -400,7 +406,7 @@ def distill(cfg: DistillConfig, plan: Plan, text: Text, examples: Examples, cach
         while not progress.ended:
             # evaluate if due, or if a stop cut the last evaluation short
             if progress.evaluated < progress.step and plan.evaluates(progress.step, cfg):
-                result = evaluate_all(cfg, plan, text, model, teachers, unigram, dist, stop, needs)
+                result = evaluate_all(cfg, plan, text, model, teaching.models, dist, stop, needs)
                 if result is None:  # stopped halfway: repeated on resuming
                     save("last.pt")
                     break
@@ -413,7 +419,7 @@ def distill(cfg: DistillConfig, plan: Plan, text: Text, examples: Examples, cach
             began = time.perf_counter()
             lr = set_learning_rates(optimizer, cfg, progress.step, plan.steps)
             source = source_of(cfg, progress.step)
-            batches = fetch(cfg, plan, examples, cache, model, teachers, source, progress.step, dist)
+            batches = fetch(cfg, plan, examples, model, teaching, source, progress.step, dist)
             seeds = None
             if cfg.dropout:  # masks are a function of (seed, sample), so a resumed run draws the same
                 seeds = [(cfg.seed * 2**40 + i) % 2**63 for i in plan.samples(progress.step, dist.rank)]
@@ -443,7 +449,7 @@ def distill(cfg: DistillConfig, plan: Plan, text: Text, examples: Examples, cach
                 break
 
 
-def evaluate_all(cfg, plan: Plan, text: Text, model: LM, teachers: list[LM], unigram, dist, stop,
+def evaluate_all(cfg, plan: Plan, text: Text, model: LM, teachers: list[LM], dist, stop,
                  needs) -> dict | None:
     """Measures of the student on the whole validation split, and with teachers in memory how far it is from
     them on its beginning; None if stopped halfway."""
@@ -456,7 +462,7 @@ def evaluate_all(cfg, plan: Plan, text: Text, model: LM, teachers: list[LM], uni
     if not math.isfinite(result["loss"]):
         raise NotFinite(f"validation loss {result['loss']}; not saved")
     if teachers:
-        beside = compare(model, teachers, text.val[:COMPARED], split, model.n_tokens, unigram, T, batch, dist,
+        beside = compare(model, teachers, text.val[:COMPARED], split, model.n_tokens, None, T, batch, dist,
                          plan.dtype, cfg.temperature, stop)
         return beside and result | {k: beside[k] for k in ("soft", "agreement")}
     return result
@@ -494,10 +500,7 @@ def record(cfg, plan: Plan, text: Text, model: LM, run: Run, progress: Progress,
     for prompt, continuation in samples.items():
         say(f"              {prompt}|{' '.join(continuation.split()):.180}")
     rows = read_rows(run.path("metrics.jsonl"))
-    write_text(run.path("samples.txt"), "\n".join(
-        f"=== step {r['step']:,}, validation loss {r['val_loss']:.4f}\n"
-        + "".join(f"{prompt}|{continuation}\n" for prompt, continuation in r["samples"].items())
-        for r in rows if r.get("samples")))
+    write_samples(rows, run.path("samples.txt"))
     draw(rows, cfg, baselines, run.path("distill.png"))
     return better
 
@@ -539,15 +542,18 @@ def main(cfg: DistillConfig) -> dict:
             if dist.is_main:
                 say("\n".join(plan.notes))
             cache = open_or_write_cache(cfg, plan, text, examples, vocab, dist, stop) if cfg.cache else None
-            if cache is None and stop.requested:
-                say(f"stopped; continue with:  {resume_command()}")
+            if cfg.cache and cache is None:  # stopped, on all processes
+                if dist.is_main:
+                    say(f"stopped while the cache was written; nothing of it is left; begin again with:  "
+                        f"{resume_command()}")
                 return run.finish("stopped", {}, {}, plan.dtype)
             teachers = load_teachers(cfg, dtype, dist.device) if cfg.uses_teacher and not cache else []
-            model, optimizer, scaler, progress = begin(cfg, plan, text, teachers, run, saved)
+            teaching = Teaching(teachers, cache, vocab)
+            model, optimizer, scaler, progress = begin(cfg, plan, text, run, saved)
             del saved
             try:
-                distill(cfg, plan, text, examples, cache, model, teachers, vocab, optimizer, scaler, run,
-                        progress, stop, needs)
+                distill(cfg, plan, text, examples, model, teaching, optimizer, scaler, run, progress, stop,
+                        needs)
             except NotFinite as e:
                 message = f"not finite at step {progress.step + 1:,}: {e}\n{way_back(cfg, run)}"
                 raise UserError(message) from None
@@ -596,7 +602,7 @@ def open_or_write_cache(cfg: DistillConfig, plan: Plan, text: Text, examples: Ex
     return cache
 
 
-def begin(cfg: DistillConfig, plan: Plan, text: Text, teachers: list[LM], run: Run, saved: dict | None):
+def begin(cfg: DistillConfig, plan: Plan, text: Text, run: Run, saved: dict | None):
     """(model, optimizer, scaler, progress), new or as saved."""
     device, progress = run.dist.device, Progress()
     torch.manual_seed(cfg.seed)

@@ -24,10 +24,10 @@ from common.console import StepBar, resume_command, say
 from common.conversations import ChatRows, Chats
 from common.data import Mixed, Text, Windows, open_beside, open_text, read_meta, samples
 from common.evaluate import evaluate, measures_text
-from common.files import read_rows, write_text
+from common.files import read_rows
 from common.plan import Plan, PlanConfig, choose_micro_batch, make_plan
 from common.run import Run, RunConfig, way_back
-from common.samples import continue_prompts
+from common.samples import continue_prompts, write_samples
 from common.source import carry_moments, inherit
 from common.step import NotFinite, backward, check_gradients, choose_compile, update, wrap
 from common.stop import StopRequest
@@ -335,11 +335,8 @@ def report(cfg: TrainConfig, plan: Plan, text: Text, model: LM, run: Run, progre
         say(f"              layer {i + 1}: tokens per expert " + " ".join(f"{share:.0%}" for share in shares))
     for prompt, continuation in samples.items():  # on one line here, verbatim in samples.txt
         say(f"              {prompt}|{' '.join(continuation.split()):.180}")
-    rows = read_rows(run.path("metrics.jsonl"))  # rewritten each time, so that a resumed run has all
-    write_text(run.path("samples.txt"), "\n".join(
-        f"=== step {r['step']:,}, validation loss {r['val_loss']:.4f}\n"
-        + "".join(f"{prompt}|{continuation}\n" for prompt, continuation in r["samples"].items())
-        for r in rows if r.get("samples")))
+    rows = read_rows(run.path("metrics.jsonl"))
+    write_samples(rows, run.path("samples.txt"))
     draw_losses(rows, f"{cfg.name}: {model.count_parameters()['total']:,} parameters", run.path("loss.png"),
                 text.others)
     return better

@@ -47,7 +47,8 @@ def compare(student, teachers: list, tokens, split_counts: dict, vocab_size: int
     soft: T^2 KL(p || q), both at the temperature T (1503.02531); everything else is at 1
     agreement: share of targets where p and q have the same most probable token
     entropy, teacher_entropy: H(q), H(p)
-    to_unigram: KL(q's mean over the targets || unigram), from the training text's counts (V,) plus one each
+    to_unigram: KL(q's mean over the targets || unigram), from the training text's counts (V,) plus one each;
+    not with unigram=None
     loss, bits_per_byte, top1, and teacher_loss, teacher_bits_per_byte, teacher_top1: on the text
 
     Probabilities are over the first `vocab_size` ids, those that all models have; p is the teachers' mean.
@@ -78,10 +79,11 @@ def compare(student, teachers: list, tokens, split_counts: dict, vocab_size: int
     if stopped:
         return None
     nats, right, entropy, their_nats, their_right, their_entropy, soft, same = sums
-    seen = torch.as_tensor(unigram).cpu().double() + 1  # (V,)
-    log_unigram = torch.log(seen / seen.sum())
-    out = {**text_loss(nats, right, count, split_counts), "entropy": entropy / count,
-           "to_unigram": (torch.xlogy(q_mean, q_mean) - q_mean * log_unigram).sum().item()}
+    out = {**text_loss(nats, right, count, split_counts), "entropy": entropy / count}
+    if unigram is not None:
+        seen = torch.as_tensor(unigram).cpu().double() + 1  # (V,)
+        log_unigram = torch.log(seen / seen.sum())
+        out["to_unigram"] = (torch.xlogy(q_mean, q_mean) - q_mean * log_unigram).sum().item()
     if teachers:
         theirs = text_loss(their_nats, their_right, count, split_counts)
         out |= {"soft": soft / count, "agreement": same / count, "teacher_entropy": their_entropy / count,

@@ -118,7 +118,7 @@ def draw(rows: list[dict], cfg, baselines: dict[str, float], path: str) -> None:
         train = [(r["tokens"], r[f"mean_{name}"]) for r in rows if r.get(f"mean_{name}") is not None]
         key = {"hard": "val_loss", "soft": "val_soft"}[name]
         val = [(r["tokens"], r[key]) for r in rows if key in r]
-        if train and not (cfg.control and name == "soft"):
+        if train and (cfg.uses_teacher or name == "hard"):
             axes.plot(*zip(*train, strict=True), color=f"C{i}", alpha=0.5, label=f"{name}, training")
         if val:
             axes.plot(*zip(*val, strict=True), "o-", color=f"C{i}", markersize=3, label=f"{name}, validation")

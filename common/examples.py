@@ -23,8 +23,7 @@ class Examples:
     first is a target once. So do lines, which end with a token that has a line end in its text, and
     documents, which end with the tokenizer's end of text; those of fewer than `min_tokens` or more than
     seq_len targets are left out, and rows are padded with targets of -1. `limit` keeps the first so many
-    (0 = all). `count_padding`
-    makes the padding targets too: a mistake, to see what it does."""
+    (0 = all). `count_padding` makes the padding targets too: a mistake, to see what it does."""
 
     def __init__(self, tokens, tok, kind: str, seq_len: int, seed: int, min_tokens: int = 0, limit: int = 0,
                  count_padding: bool = False):

@@ -1,5 +1,6 @@
 """What a model says to a prompt: a continuation, or a table of its most probable next tokens."""
 from common.console import say
+from common.files import write_text
 
 import torch
 
@@ -16,6 +17,14 @@ def continue_prompts(model, tok, cfg, device) -> dict[str, str]:
         texts[prompt] = tok.decode([i for i in (int(t) for t in new) if i != tok.eot])
     model.train()
     return texts
+
+
+def write_samples(rows: list[dict], path: str) -> None:
+    """All samples among the rows of metrics.jsonl; rewritten each time, so that a resumed run has all."""
+    write_text(path, "\n".join(
+        f"=== step {r['step']:,}, validation loss {r['val_loss']:.4f}\n"
+        + "".join(f"{prompt}|{continuation}\n" for prompt, continuation in r["samples"].items())
+        for r in rows if r.get("samples")))
 
 
 @torch.no_grad()

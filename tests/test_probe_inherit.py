@@ -6,20 +6,17 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import memory_probe
 from common.config import ConfigError, UserError
-from common.data import Windows, open_text
-from common.distributed import Dist
-from common.facts import TRAINED, World, make_facts
+from common.data import Windows
+from common.facts import TRAINED
 from common.files import read_rows
 from common.step import backward, next_token_loss
 from common.stop import StopRequest
-from memory_probe import ProbeConfig, main
+from memory_probe import main
 from probes import inherit
-from probes.base import architecture, base_config, load_base, make_base
-from probes.context import facts_of
+from probes.base import load_base
 from probes.inherit import (
     TWINS,
     analyse,
@@ -32,7 +29,7 @@ from probes.inherit import (
     soft_loss,
     teach,
 )
-from tests.conftest import prepare
+from tests.test_probes_context import place_for
 
 import pytest
 import torch
@@ -45,18 +42,7 @@ SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 48, "batch_s
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Everything that a loop needs, with a base that has learned nothing (its gate is 0)."""
-    root = tmp_path_factory.mktemp("inherit")
-    cfg = ProbeConfig(**SMALL, data=prepare(root, "topics", "bpe:2000"), out_dir=str(root / "out"))
-    text = open_text(cfg.data)
-    cfg = architecture(cfg, text.meta)
-    world, dist = World(text.tok, cfg.level, cfg.base_seed), Dist(0, 1, torch.device("cpu"))
-    pool = make_facts(world, "pool", cfg.pool, cfg.base_seed)
-    stop = SimpleNamespace(agreed=lambda dist: False)
-    bar = SimpleNamespace(tick=lambda seconds: None, show=lambda text: None)
-    base = make_base(base_config(cfg), text, world, pool, dist, stop)
-    return SimpleNamespace(cfg=cfg, text=text, world=world, pool=pool, base=base, stop=stop, bar=bar,
-                           facts=facts_of(cfg, world, 1, text), run=SimpleNamespace(dist=dist, seconds=0.0))
+    return place_for(tmp_path_factory.mktemp("inherit"), SMALL)
 
 
 def taught(place, twin: str, **options):

@@ -54,11 +54,9 @@ SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 96, "batch_s
          "distances": (0, 11), "dtype": "fp32", "device": "cpu", "lr": 5e-3, "experiment": "handover"}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place_for(root, options: dict) -> SimpleNamespace:
     """Everything that a loop needs, with a base that has learned nothing (its gate is 0)."""
-    root = tmp_path_factory.mktemp("context")
-    cfg = ProbeConfig(**SMALL, data=prepare(root, "topics", "bpe:2000"), out_dir=str(root / "out"))
+    cfg = ProbeConfig(**options, data=prepare(root, "topics", "bpe:2000"), out_dir=str(root / "out"))
     text = open_text(cfg.data)
     cfg = architecture(cfg, text.meta)
     world, dist = World(text.tok, cfg.level, cfg.base_seed), Dist(0, 1, torch.device("cpu"))
@@ -68,6 +66,11 @@ def place(tmp_path_factory):
     base = make_base(base_config(cfg), text, world, pool, dist, stop)
     return SimpleNamespace(cfg=cfg, text=text, world=world, pool=pool, base=base, stop=stop, bar=bar,
                            facts=facts_of(cfg, world, 1, text), run=SimpleNamespace(dist=dist, seconds=0.0))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return place_for(tmp_path_factory.mktemp("context"), SMALL)
 
 
 def train(place, mode: str, base=None, **options) -> dict:
