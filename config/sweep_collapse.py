@@ -7,6 +7,7 @@
 from config.sweep_distill import *
 
 script = "distill"
+without_teacher = "no"
 alpha = 1.0
 arm = ("alpha=0", "alpha=0.5 temperature=2", "temperature=4", "divergence=reverse_kl", "divergence=jsd",
        "divergence=tv", "alpha=0.985 grad_clip=0", "examples=lines", "examples=lines count_padding")

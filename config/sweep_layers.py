@@ -5,6 +5,7 @@
 from config.sweep_distill import *
 
 script = "distill"
+without_teacher = "no"
 d_model = 128
 d_ff = 384
 arm = ("student_layers=0,3 max_steps=333",
