@@ -27,6 +27,8 @@ Shapes
     qwen2         a model shaped as Qwen2 (60M: d_model 320, 8 layers, vocabulary 151,936), 4 x 256 tokens a
                   step; with --peer=transformers against its Qwen2 in the same dtype, eager and compiled
     qwen2_decode  128 new tokens in one sequence with the same models
+    loading       a folder of Qwen2.5-0.5B's size in bf16 (random weights; needs transformers, which writes it),
+                  read into --dtype until all weights have been summed; GB of the file per second
     distill_loss  forward and backward of KL(teacher || student) through both heads, from hidden states of
                   width 256 and 896; 2,048 tokens, vocabulary 151,936; against nn.KLDivLoss on all logits of
                   both, and with every second token masked
@@ -71,6 +73,7 @@ from common.written_out import ContextLoop, PlainLSTM
 from model import LM, ModelConfig
 from muon import make_optimizer, set_learning_rates
 from pretrained import config_of
+from pretrained import load as load_pretrained
 from train import TrainConfig
 
 import numpy as np
@@ -96,7 +99,7 @@ SHAPES = {  # name: sequences per step, the config file, options on top of it
     "context512": (512, "newllm_baseline", {}), "scan1": (1, "newllm_scan", {"max_seq_len": 1024}),
     "scan8": (8, "newllm_scan", {"max_seq_len": 1024}), "decoding": (1, "newllm_baseline", {}),
     "qwen2": (4, "", QWEN2 | {"max_seq_len": 256}), "qwen2_decode": (1, "", QWEN2 | {"max_seq_len": 128}),
-    "distill_loss": (1, "", {"vocab_size": 151_936, "d_model": 256, "max_seq_len": 2048}),
+    "loading": (1, "", TEACHER), "distill_loss": (1, "", {"vocab_size": 151_936, "d_model": 256, "max_seq_len": 2048}),
     "distill": (16, "", QWEN2 | {"d_model": 256, "n_layers": 6, "n_heads": 8, "d_ff": 1024,
                                  "max_seq_len": 128}),
     "generate": (1, "exp6", {}), "int8": (1, "exp6", {}), "startup": (8, "demo", {}),
@@ -283,6 +286,32 @@ def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compil
     tokens(length if compile else 8)  # warm-up; a compiled step is specific to the cache size
     return Runner(lambda: length / timed(lambda: tokens(length), 1, device),
                   note=name + ", compiled" * compile)
+
+
+def write_weights(shape: Shape, folder: str) -> None:
+    model = load_peer("transformers", shape, 0.0)[0]
+    model.to(torch.bfloat16).save_pretrained(os.path.join(folder, "weights"))
+
+
+def loading(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "") -> Runner:
+    """Load write_weights' folder, sum all weights, so that what is mapped is read, and let them go."""
+    device, path = distributed.pick_device(cfg.device), os.path.join(folder, "weights")
+    name = distributed.choose_dtype(cfg.dtype, device)[0]
+    size = sum(entry.stat().st_size for entry in os.scandir(path)) / 1e9
+    if peer:
+        import transformers
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def read():
+        if peer:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=distributed.DTYPES[name])
+        else:
+            model = load_pretrained(path, name)
+        for p in model.to(device).parameters():
+            p.sum()
+    read()
+    return Runner(lambda: size / timed(read, 1, device), "GB/s", name)
 
 
 def distill_loss(cfg: BenchConfig, shape: Shape, folder: str, plain: bool = False, masked: bool = False,
@@ -505,6 +534,8 @@ ARMS = {  # of the shapes that are not simply training against peers
         Arm("window 256, T 8192", train_ours, Shape(1, shape.model | {"window": 256})),
         Arm("window 256, T 512", train_ours, Shape(16, shape.model | {"window": 256, "max_seq_len": 512})),
         Arm("global, T 8192", train_ours, shape)],
+    "loading": lambda name, shape, *_: [
+        Arm("nanoMem", loading, shape), Arm("transformers", loading, shape, {"peer": "transformers"})],
     "muon": lambda name, shape, *_: [
         Arm(by, train_ours, shape, {"optimizer": by}) for by in ("muon", "adamw")],
     "int8": lambda name, shape, cfg, _: [
@@ -606,9 +637,9 @@ def measure_machine(device: str) -> dict:
 
 
 def check_peers(cfg: BenchConfig) -> None:
-    for peer in cfg.peer:
+    for peer in (*cfg.peer, *["transformers"] * ("loading" in cfg.shapes)):
         if peer == "transformers" and not importlib.util.find_spec(peer):
-            raise UserError("--peer=transformers: the package 'transformers' is not installed\n"
+            raise UserError("transformers is asked for, but the package 'transformers' is not installed\n"
                             "install it with:  pip install transformers")
         if peer != "transformers" and not os.path.isfile(os.path.join(peer, "model.py")):
             raise UserError(f"--peer={peer}: expected transformers, or a folder with nanoGPT's model.py\n"
@@ -638,6 +669,9 @@ def main(cfg: BenchConfig) -> dict:
             else:
                 vocab_size = arms[0].shape.model["vocab_size"]
                 folder = write_data(os.path.join(root, str(vocab_size)), vocab_size)
+                if name == "loading":
+                    with SPAWN.Pool(1) as pool:  # a process of its own: see SPAWN
+                        pool.apply(write_weights, [arms[0].shape, folder])
                 found = race(name, arms, cfg, folder, bar)
                 compare(found, machine["limits"])
                 talk("\n".join(aligned(cells(row)) for row in found))

@@ -115,7 +115,7 @@ def race(name: str, arms: list[Arm], cfg, folder: str, bar: tqdm) -> list[Row]:
                 row.unit, row.dtype, row.flops_per_token = answer.unit, answer.dtype, answer.flops
             else:
                 row.values.append(answer[0])
-                row.peak_gb = answer[1] if row.unit == "tok/s" else None
+                row.peak_gb = answer[1] if row.unit.endswith("/s") else None
     for _, pipe, process in racers:
         pipe.close()
         process.join()  # frees its memory before the next shape
@@ -126,7 +126,7 @@ def compare(rows: list[Row], limits: dict) -> None:
     """Fill in the shares of the limits and the ratios to the first row."""
     first = rows[0]
     for row in rows:
-        if row.unit != "tok/s" or row.error:
+        if not row.unit.endswith("/s") or row.error:
             continue
         row.flops_per_token = row.flops_per_token or first.flops_per_token  # peers' models have the same size
         if row.flops_per_token and row.dtype in limits:

@@ -1,4 +1,5 @@
 """Small real corpora, made by prepare_data.py from English that every Python ships: pydoc's help topics."""
+import signal
 from pydoc_data.topics import topics
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from train import TrainConfig
 import pytest
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores Ctrl-C, and so would its scripts
 torch.set_num_threads(1)  # the models are tiny, and threads of several processes get in each other's way
 
 

@@ -15,6 +15,7 @@ from model import LM
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -345,6 +346,26 @@ def test_a_step_of_distillation_is_the_same_chunk_by_chunk(monkeypatch):
         assert len(made) == (1 if arm.label == "cached" else 2)
     torch.testing.assert_close(heads["chunk by chunk"], heads["all logits"], atol=1e-5, rtol=1e-3)
     assert not torch.equal(heads["chunk by chunk"], heads["cached"])
+
+
+def test_the_loading_arms_sum_the_same_weights(tmp_path, monkeypatch):
+    small = {"vocab_size": 97, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24}
+    shape, sums = bench.Shape(1, bench.shape_of("loading").model | small), []
+    bench.write_weights(shape, str(tmp_path))
+    size = sum(f.stat().st_size for f in (tmp_path / "weights").iterdir()) / 1e9
+    monkeypatch.setattr(torch.Tensor, "sum", lambda p: sums.append(p.double().mean().item() * p.numel()))
+    monkeypatch.setattr(bench, "timed", lambda read, *_: read() or 2.0)
+    for arm in bench.arms_of("loading", BenchConfig(), {}):
+        runner = arm.make(BenchConfig(device="cpu", dtype="fp32"), shape, str(tmp_path), **arm.options)
+        sums.clear()
+        assert (runner.unit, runner.note) == ("GB/s", "fp32") and runner.measure() == size / 2
+        assert sum(sums) == pytest.approx(model_sum(tmp_path / "weights"), rel=1e-6)
+
+
+def model_sum(folder) -> float:
+    """By the package's own reader, which neither arm uses."""
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    return sum(w.double().mean().item() * w.numel() for w in weights.values())
 
 
 def test_the_int8_arm_generates_with_int8_weights(monkeypatch):

@@ -239,7 +239,7 @@ def test_it_is_one_page():
 
 def test_files_the_readme_names_exist():
     for name in re.findall(r"[`(]([\w/]+\.(?:py|md|txt|png))[`)]", README):
-        made = name in ("samples.txt", "table.md", "sweep.png", "loss.png")
+        made = name in ("samples.txt", "table.md", "report.md", "sweep.png", "loss.png")
         assert made or Path(name).exists() or Path("config", name).exists(), name
 
 
