@@ -12,7 +12,7 @@ Shapes: N tokens, R tokens of a chunk, C width, V vocabulary
 import torch
 
 CHUNK_BYTES = 2**27  # of logits: large enough to hide the cost of accumulating the (V, C) gradient
-COLUMNS = 2**15  # of the (C, V) gradient, added at a time
+TOKENS = 2**13  # of the (V, C) gradient, added at a time
 SLICE_ELEMENTS = 2**21  # per softmax on a CPU: 8 MB of float32, which stay in its cache
 
 
@@ -67,6 +67,10 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx, grad, x, weight, bias, row_weights, row_loss, row_args, others, columns):
         (N, C), V, kind = x.shape, weight.size(0), x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        losses = torch.empty(N, *columns, device=x.device)  # what stays is allocated before what does not
+        dx = torch.empty_like(x) if grad else None
+        learns = grad and any(ctx.needs_input_grad[2:4])  # not so under LoRA
+        dw = torch.zeros(V, C + (bias is not None), device=x.device) if learns else None  # in float32
         with torch.autocast(kind, enabled=False):
             w, inputs = weight.detach().to(dtype), x.detach().to(dtype)
             if bias is not None:  # as an extra input of 1: faster than adding it to the logits
@@ -77,10 +81,6 @@ class ChunkedLoss(torch.autograd.Function):
             R = max(1, -(-N // chunks))
             step = max(1, SLICE_ELEMENTS // V) if kind == "cpu" else R
             buffers = [w.new_empty(R, V) for _ in range(1 + len(others))]
-            losses = torch.empty(N, *columns, device=x.device)
-            dx = torch.empty_like(x) if grad else None
-            learns = grad and any(ctx.needs_input_grad[2:4])  # not so under LoRA
-            dw = torch.zeros(w.size(1), V, device=x.device) if learns else None  # (C or C + 1, V), float32
             for start in range(0, N, R):
                 rows = inputs[start:start + R]  # (R, C or C + 1)
                 logits, *more = (buffer[:len(rows)] for buffer in buffers)  # (R, V) each
@@ -96,27 +96,32 @@ class ChunkedLoss(torch.autograd.Function):
                     dx[start:start + R] = (logits @ w[:, :C]) * factor
                 if learns:
                     # a mean within the chunk: a sum over many rows may exceed fp16's 65,504
-                    scaled = (rows * (factor / R)).to(dtype).t().contiguous()  # (C or C + 1, R)
-                    for first in range(0, V, COLUMNS):  # all at once would take another (C, V)
-                        some = slice(first, first + COLUMNS)
-                        dw[:, some].add_(scaled @ logits[:, some], alpha=R)
+                    scaled = (rows * (factor / R)).to(dtype)  # (R, C or C + 1)
+                    if dtype == dw.dtype:
+                        dw.addmm_(logits.t(), scaled, alpha=R)
+                    else:
+                        for first in range(0, V, TOKENS):  # all at once would take another (V, C)
+                            some = slice(first, first + TOKENS)
+                            dw[some].add_(logits[:, some].t() @ scaled, alpha=R)
             total = row_weights @ losses  # () or (1 + logged,)
         if grad:
-            ctx.save_for_backward(dx, dw)
+            ctx.gradients = dx, dw  # not saved tensors: theirs would be a second reference to dw
             ctx.weight, ctx.bias = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
-        dx, dw = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this loss were used up by its first backward; compute it again")
+        (dx, dw), ctx.gradients = ctx.gradients, None
         scale, nothing = scale.flatten()[0], (None,) * 5
         if dw is None:
             return None, dx * scale, None, None, *nothing
-        dw.mul_(scale)  # in place, so autograd refuses a second backward
-        C = dx.size(1)
-        dweight = dw[:C].t().contiguous().to(ctx.weight)  # (V, C)
-        return None, dx * scale, dweight, None if ctx.bias is None else dw[C].to(ctx.bias), *nothing
+        dw.mul_(scale)
+        if ctx.bias is None:
+            return None, dx * scale, dw.to(ctx.weight), None, *nothing
+        return None, dx * scale, dw[:, :-1].to(ctx.weight), dw[:, -1].to(ctx.bias), *nothing
 
 
 class Head:
