@@ -27,8 +27,8 @@ Shapes
     qwen2         a model shaped as Qwen2 (60M: d_model 320, 8 layers, vocabulary 151,936), 4 x 256 tokens a
                   step; with --peer=transformers against its Qwen2 in the same dtype, eager and compiled
     qwen2_decode  128 new tokens in one sequence with the same models
-    loading       a folder of Qwen2.5-0.5B's size in bf16 (random weights; needs transformers, which writes it),
-                  read into --dtype until all weights have been summed; GB of the file per second
+    loading       a folder of Qwen2.5-0.5B's size in bf16 (random weights, written by transformers), read into
+                  --dtype until all weights have been summed, by both; GB of the file per second
     distill_loss  forward and backward of KL(teacher || student) through both heads, from hidden states of
                   width 256 and 896; 2,048 tokens, vocabulary 151,936; against nn.KLDivLoss on all logits of
                   both, and with every second token masked
@@ -99,7 +99,8 @@ SHAPES = {  # name: sequences per step, the config file, options on top of it
     "context512": (512, "newllm_baseline", {}), "scan1": (1, "newllm_scan", {"max_seq_len": 1024}),
     "scan8": (8, "newllm_scan", {"max_seq_len": 1024}), "decoding": (1, "newllm_baseline", {}),
     "qwen2": (4, "", QWEN2 | {"max_seq_len": 256}), "qwen2_decode": (1, "", QWEN2 | {"max_seq_len": 128}),
-    "loading": (1, "", TEACHER), "distill_loss": (1, "", {"vocab_size": 151_936, "d_model": 256, "max_seq_len": 2048}),
+    "loading": (1, "", TEACHER),
+    "distill_loss": (1, "", {"vocab_size": 151_936, "d_model": 256, "max_seq_len": 2048}),
     "distill": (16, "", QWEN2 | {"d_model": 256, "n_layers": 6, "n_heads": 8, "d_ff": 1024,
                                  "max_seq_len": 128}),
     "generate": (1, "exp6", {}), "int8": (1, "exp6", {}), "startup": (8, "demo", {}),
@@ -299,9 +300,7 @@ def loading(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "") -> Runn
     name = distributed.choose_dtype(cfg.dtype, device)[0]
     size = sum(entry.stat().st_size for entry in os.scandir(path)) / 1e9
     if peer:
-        import transformers
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        transformers = quiet_transformers()
 
     def read():
         if peer:
@@ -398,6 +397,14 @@ def distill_step(cfg: BenchConfig, shape: Shape, folder: str, how: str, draws: i
 WRITTEN_OUT = {"loop": ContextLoop, "nn.LSTM": PlainLSTM}  # as somebody would write them in a plain script
 
 
+def quiet_transformers():
+    """The module transformers, which otherwise prints bars and warnings over the table."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 def load_peer(peer: str, shape: Shape, dropout: float):
     """(model, loss(net, x, y)) of this shape: a WRITTEN_OUT model, transformers' GPT-2 (with RoPE: Qwen2), or
     the GPT of a nanoGPT checkout."""
@@ -407,8 +414,7 @@ def load_peer(peer: str, shape: Shape, dropout: float):
     sizes = {"vocab_size": m["vocab_size"], "n_embd": m["d_model"], "n_layer": m["n_layers"],
              "n_head": m["n_heads"]}
     if peer == "transformers":
-        import transformers
-        transformers.logging.set_verbosity_error()
+        transformers = quiet_transformers()
         if m["pos"] == "rope":
             ends = {"bos_token_id": None, "eos_token_id": None}
             model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(

@@ -113,7 +113,7 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this loss were used up by its first backward; compute it again")
+            raise RuntimeError("this loss's gradients were used up by its first backward; compute it again")
         (dx, dw), ctx.gradients = ctx.gradients, None
         scale, nothing = scale.flatten()[0], (None,) * 5
         if dw is None:

@@ -13,7 +13,7 @@ from train import TrainConfig
 import pytest
 import torch
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores Ctrl-C, and so would its scripts
+signal.signal(signal.SIGINT, signal.default_int_handler)  # `make test &` ignores it, and so would scripts
 torch.set_num_threads(1)  # the models are tiny, and threads of several processes get in each other's way
 
 
