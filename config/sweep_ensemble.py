@@ -8,5 +8,6 @@ teacher = tuple(f"out/sweep_distill_base_s{_n}" for _n in (1, 2, 3))
 without_teacher = "no"
 alpha = 1.0
 seed = 4
-arm = ("max_steps=2000",)
+arm = ("max_steps=2000", "teacher=out/sweep_distill_base_s1",
+       "teacher=out/sweep_distill_base_s1 max_steps=2000")
 also = ("teacher_loss", "soft")

@@ -213,6 +213,7 @@ def test_attention_reads_in_windows_but_a_token_then_sees_all():
         assert torch.allclose(logits, model(tokens)[0][:, -1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_end_to_end_with_an_arm_that_fails(tmp_path, monkeypatch, capsys):
     context = bench.shape_of("decoding", d_model=16).model
     learned = {"vocab_size": 100, "max_seq_len": 16, "n_heads": 2}

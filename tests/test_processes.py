@@ -60,6 +60,7 @@ def test_a_killed_worker_ends_the_other_and_nothing_is_lost(small):
     assert_close_run(whole, parts)
 
 
+@pytest.mark.slow
 def test_two_machines_are_one(small):
     """torchrun's own --nnodes: two agents with one worker each, meeting at a port, on a shared folder."""
     one, two = small(name="one"), small(name="two")

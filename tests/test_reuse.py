@@ -185,6 +185,7 @@ def test_decoding_equals_one_pass(options, flash):
         torch.testing.assert_close(logits[:, 0], whole[:, t], atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_makes_the_same_tokens():
     model, prompt = tiny(**COMBINED | {"n_layers": 1, "n_unique_blocks": 1, "qkv_share": 1}), tokens(2, 4)
     expected = joined(model, prompt, 18, temperature=0)

@@ -9,7 +9,7 @@ import train
 import pytest
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(0, marks=pytest.mark.slow, id="all")])
+@pytest.mark.parametrize("count", [12, pytest.param(0, marks=pytest.mark.slow, id="all")])
 def test_wrong_invocations(small, tmp_path, corpus, count):
     cfg = small(max_steps=2)
     train.main(cfg)
