@@ -242,7 +242,8 @@ def test_the_state_has_one_size_for_any_length_and_generation_keeps_no_tokens(op
     assert torch.equal(together, torch.cat(alone))  # beyond max_seq_len=24: there is no limit
 
 
-@pytest.mark.parametrize("options", [VARIANTS[i] for i in (0, 3, 5)], ids=[IDS[i] for i in (0, 3, 5)])
+@pytest.mark.parametrize("options", [
+    pytest.param(VARIANTS[i], id=IDS[i], marks=[pytest.mark.slow] * (i > 0)) for i in (0, 3, 5)])
 def test_the_compiled_step_makes_the_same_tokens(options):
     model = make(**options).eval()
     assert torch.equal(joined(model, tokens(1, 5), 30, compile=True), joined(model, tokens(1, 5), 30))
@@ -322,6 +323,7 @@ def test_sessions_of_limited_length_give_the_identical_curve(options, small, mon
     assert len(summaries) > 2 and losses("parts") == losses("run")
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(small, tmp_path, corpus):
     options = {**SCAN, "tbptt": 12, "short_conv": 2, "pos": "none", "d_model": 16, "max_seq_len": 24,
                "dtype": "fp32", "data": corpus, "out_dir": str(tmp_path), "max_steps": 4, "epochs": 0,

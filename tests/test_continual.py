@@ -207,6 +207,7 @@ def test_text_in_other_tokens_is_refused(continued, bpe_corpus):
             train.main(continued(**options))
 
 
+@pytest.mark.slow
 def test_two_processes_replay_and_adapt_as_one_does(small, other, tmp_path):
     train.main(small(name="source"))
     options = {"data": other, "init_from": f"{small().out_dir}/source", "micro_batch_size": 2, "replay": 0.3,

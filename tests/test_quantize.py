@@ -146,6 +146,7 @@ def test_each_row_of_a_batch_continues_as_it_would_alone():
     assert torch.equal(joined(model, prompts, 12, temperature=0), torch.cat(alone))
 
 
+@pytest.mark.slow
 def test_the_compiled_step_generates_the_same_tokens():
     model = to_int8(tiny(n_layers=1, n_experts=3, embed_rank=6))
     torch._dynamo.reset()
