@@ -1,9 +1,9 @@
 # Question: what makes a distilled student write ",,,,", and what does not? (MEMORY 7.4's arms)
 #   python sweep.py config/sweep_collapse.py     # after the commands of config/distill_teacher.py
-# Base: the soft loss alone, KL at temperature 1, for 1,000 steps. Every loss has two budgets, and for each the
-# best of three learning rates (by the loss of seed 1). KL with swapped arguments is reverse_kl. batchmean on
-# (B, T, V) multiplies the soft loss by the tokens of a row: beside cross-entropy that is alpha=0.985 (64:1);
-# alone it does nothing, since Adam ignores the gradient's scale. Collapsed: modal_share above 0.5.
+# Base: the soft loss alone, KL at temperature 1, for 1,000 steps. Every loss has two budgets, and for each
+# the best of three learning rates (by the loss of seed 1). KL with swapped arguments is reverse_kl. batchmean
+# on (B, T, V) multiplies the soft loss by the tokens of a row: beside cross-entropy that is alpha=0.985
+# (64:1); alone it does nothing, since Adam ignores the gradient's scale. Collapsed: modal_share above 0.5.
 from config.sweep_distill import *
 
 script = "distill"

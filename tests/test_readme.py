@@ -112,6 +112,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch, capsys):
                   tokenizer_from=str(tmp_path / "data" / "chitchat"))
     shutil.copytree("config", tmp_path / "config")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("common.distill_report.TOKENS", 8)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
     mine = [c for p, c in COMMANDS if p == "README.md" and not any(word in c for word in ELSEWHERE)]
     for command in ["python train.py config/mini3.py", "python train.py config/mini6.py", *mine]:
