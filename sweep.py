@@ -336,14 +336,17 @@ def draw_against(cfg: SweepConfig, results: list[dict], path: str) -> None:
     """Plot the metric against cfg.against: a colour per arm (from the eleventh on, other dots too), a dot per
     seed, a cross for the mean."""
     done = [r for r in results if r["scores"]]
-    axes = new_figure(7, max(4.8, 0.3 * len(done))).subplots()
+    axes = new_figure(7 + 4 * (len(done) > 10), 4.8).subplots()
     for i, r in enumerate(done):
         xs, ys = [r["against"][s] for s in r["scores"]], list(r["scores"].values())
         axes.plot(xs, ys, "os^D"[i // 10 % 4], color=f"C{i}", markersize=4, alpha=0.6, label=r["arm"])
         axes.plot([statistics.fmean(xs)], [statistics.fmean(ys)], "x", color=f"C{i}")
     axes.set(xlabel=cfg.against, ylabel=cfg.metric, title=f"{cfg.name}; dots: seeds, crosses: means")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if len(done) > 10:  # they would cover the dots
+        axes.figure.legend(fontsize=8, loc="outside right center")
+    else:
+        axes.legend(fontsize=8)
     save_figure(axes.figure, path)
 
 
