@@ -25,6 +25,7 @@ class Runner(NamedTuple):
     note: str = ""  # dtype and compilation, shown after the label
     dtype: str = ""  # the limit is the rate of matmuls in this dtype
     flops: float = 0.0  # per token
+    peak: Callable[[], float] | None = None  # GB, if not of the arm's own process
 
 
 class Arm(NamedTuple):
@@ -78,10 +79,11 @@ def child(pipe, cfg, arm: Arm, folder: str) -> None:
     try:
         pipe.recv()
         runner = arm.make(cfg, arm.shape, folder, **arm.options)
-        pipe.send(runner._replace(measure=None))
+        pipe.send(runner._replace(measure=None, peak=None))
         while True:
             pipe.recv()
-            pipe.send((runner.measure(), distributed.peak_memory(distributed.pick_device(cfg.device))))
+            value, own = runner.measure(), distributed.peak_memory(distributed.pick_device(cfg.device))
+            pipe.send((value, runner.peak() if runner.peak else own))
     except (EOFError, KeyboardInterrupt):
         pass
     except Exception:

@@ -351,16 +351,17 @@ def test_a_step_of_distillation_is_the_same_chunk_by_chunk(monkeypatch):
 
 def test_the_loading_arms_sum_the_same_weights(tmp_path, monkeypatch):
     small = {"vocab_size": 97, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 24}
-    shape, sums = bench.Shape(1, bench.shape_of("loading").model | small), []
+    shape, sums, folder = bench.Shape(1, bench.shape_of("loading").model | small), [], tmp_path / "weights"
     bench.write_weights(shape, str(tmp_path))
-    size = sum(f.stat().st_size for f in (tmp_path / "weights").iterdir()) / 1e9
-    monkeypatch.setattr(torch.Tensor, "sum", lambda p: sums.append(p.double().mean().item() * p.numel()))
-    monkeypatch.setattr(bench, "timed", lambda read, *_: read() or 2.0)
-    for arm in bench.arms_of("loading", BenchConfig(), {}):
-        runner = arm.make(BenchConfig(device="cpu", dtype="fp32"), shape, str(tmp_path), **arm.options)
-        sums.clear()
-        assert (runner.unit, runner.note) == ("GB/s", "fp32") and runner.measure() == size / 2
-        assert sum(sums) == pytest.approx(model_sum(tmp_path / "weights"), rel=1e-6)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "sum", lambda p: sums.append(p.double().mean().item() * p.numel()))
+        for peer in ("", "transformers"):
+            sums.clear()
+            seconds, peak = bench.load_once(str(folder), "fp32", "cpu", peer)
+            assert seconds > 0 < peak and sum(sums) == pytest.approx(model_sum(folder), rel=1e-6)
+    arm = bench.arms_of("loading", BenchConfig(), {})[0]
+    runner = arm.make(BenchConfig(device="cpu", dtype="fp32"), shape, str(tmp_path), **arm.options)
+    assert (runner.unit, runner.note) == ("GB/s", "fp32") and runner.measure() > 0 < runner.peak()
 
 
 def model_sum(folder) -> float:
