@@ -16,6 +16,7 @@ _rates = {"": (1e-2, 1e-2), "alpha=0": (2e-2, 5e-3),  # after 100 and 1,000 step
           "divergence=tv": (1e-2, 1e-2), "alpha=0.985 grad_clip=0": (1e-2, 1e-2),
           "examples=lines": (2e-2, 2.5e-3), "examples=lines count_padding": (2e-2, 2.5e-3)}
 arm = (*(f"{_loss} lr={_long}" for _loss, (_, _long) in _rates.items() if _loss),
+       "examples=lines batch_size=44 lr=2.5e-3", "max_seq_len=12 batch_size=43",  # as many tokens, as short
        *(f"{_loss} lr={_short} max_steps=100".strip() for _loss, (_short, _) in _rates.items()))
 metric = "modal_share"
 against = "loss"
