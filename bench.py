@@ -65,8 +65,20 @@ from common.decoding_points import Point, decoding_table, draw_decoding, fit_slo
 from common.distill_loss import Mix, cached_loss, two_headed_loss
 from common.files import write_json
 from common.int8 import to_int8
-from common.race import HEAD, SPAWN, Arm, Runner, aligned, cells, compare, race, timed, warm_up
-from common.run import MachineConfig, append_to_ledger, git_commit, ledger_row
+from common.race import (
+    HEAD,
+    SPAWN,
+    Arm,
+    Runner,
+    aligned,
+    cells,
+    compare,
+    measure_machine,
+    race,
+    timed,
+    warm_up,
+)
+from common.run import MachineConfig, append_to_ledger, ledger_row
 from common.step import backward, choose_compile, next_token_loss, update, wrap
 from common.tokenizer import rank_bpe
 from common.written_out import ContextLoop, PlainLSTM
@@ -289,11 +301,6 @@ def generate(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "", compil
                   note=name + ", compiled" * compile)
 
 
-def write_weights(shape: Shape, folder: str) -> None:
-    model = load_peer("transformers", shape, 0.0)[0]
-    model.to(torch.bfloat16).save_pretrained(os.path.join(folder, "weights"))
-
-
 def load_once(path: str, dtype: str, device: str, peer: str) -> tuple[float, float]:
     """Seconds to load a folder and sum all weights (so what is mapped is read), and peak memory in GB."""
     device, transformers = distributed.pick_device(device), quiet_transformers() if peer else None
@@ -313,6 +320,8 @@ def load_once(path: str, dtype: str, device: str, peer: str) -> tuple[float, flo
 def loading(cfg: BenchConfig, shape: Shape, folder: str, peer: str = "") -> Runner:
     """load_once in a fresh process each time, as users meet it: memory that a process has is faster."""
     path, peaks = os.path.join(folder, "weights"), []
+    if not os.path.exists(path):  # the first arm writes it
+        load_peer("transformers", shape, 0.0)[0].to(torch.bfloat16).save_pretrained(path)
     name = distributed.choose_dtype(cfg.dtype, distributed.pick_device(cfg.device))[0]
     size = sum(entry.stat().st_size for entry in os.scandir(path)) / 1e9
 
@@ -631,32 +640,6 @@ def decode_all(arms: list[Arm], cfg: BenchConfig, bar: tqdm) -> list[Point]:
 # Limits and results
 
 
-def measure_machine(device: str) -> dict:
-    """What this machine is, and the best rate in half a second of each: large square matmuls in GFLOP/s, a
-    copy in GB/s (each byte counted once)."""
-    device, limits = distributed.setup(device).device, {}
-
-    def best(work) -> float:
-        times, end = [timed(work, 1, device) for _ in range(2)], time.perf_counter() + 0.5
-        while time.perf_counter() < end:
-            times.append(timed(work, 1, device))
-        return min(times)
-
-    for name in ("fp32", "bf16") + ("fp16",) * (device.type == "cuda"):
-        limits[name] = 0.0
-        for n in (256, 1024, 2048, 8192):
-            if limits[name] and 2 * n**3 / limits[name] / 1e9 > 0.25:  # too slow: bf16 may be emulated
-                break
-            a = torch.randn(n, n, device=device).to(distributed.DTYPES[name])
-            limits[name] = max(limits[name], 2 * n**3 / best(lambda a=a: a @ a) / 1e9)
-    source = torch.ones(2**26, device=device)
-    target = torch.empty_like(source)
-    limits["copy"] = 4 * source.numel() / best(lambda: target.copy_(source)) / 1e9
-    return {"device": device.type, "name": distributed.device_name(device), "limits": limits,
-            "dtype": distributed.choose_dtype("auto", device)[0], "torch": torch.__version__,
-            "python": sys.version.split()[0], "commit": git_commit()}
-
-
 def check_peers(cfg: BenchConfig) -> None:
     for peer in (*cfg.peer, *["transformers"] * ("loading" in cfg.shapes)):
         if peer == "transformers" and not importlib.util.find_spec(peer):
@@ -690,9 +673,6 @@ def main(cfg: BenchConfig) -> dict:
             else:
                 vocab_size = arms[0].shape.model["vocab_size"]
                 folder = write_data(os.path.join(root, str(vocab_size)), vocab_size)
-                if name == "loading":
-                    with SPAWN.Pool(1) as pool:  # a process of its own: see SPAWN
-                        pool.apply(write_weights, [arms[0].shape, folder])
                 found = race(name, arms, cfg, folder, bar)
                 compare(found, machine["limits"])
                 talk("\n".join(aligned(cells(row)) for row in found))

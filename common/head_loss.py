@@ -12,7 +12,7 @@ Shapes: N tokens, R tokens of a chunk, C width, V vocabulary
 import torch
 
 CHUNK_BYTES = 2**27  # of logits: large enough to hide the cost of accumulating the (V, C) gradient
-TOKENS = 2**13  # of the (V, C) gradient, added at a time
+GRADIENT_ROWS = 2**13  # of the (V, C) gradient, added at a time
 SLICE_ELEMENTS = 2**21  # per softmax on a CPU: 8 MB of float32, which stay in its cache
 
 
@@ -100,8 +100,8 @@ class ChunkedLoss(torch.autograd.Function):
                     if dtype == dw.dtype:
                         dw.addmm_(logits.t(), scaled, alpha=R)
                     else:
-                        for first in range(0, V, TOKENS):  # all at once would take another (V, C)
-                            some = slice(first, first + TOKENS)
+                        for first in range(0, V, GRADIENT_ROWS):  # all at once would take another (V, C)
+                            some = slice(first, first + GRADIENT_ROWS)
                             dw[some].add_(logits[:, some].t() @ scaled, alpha=R)
             total = row_weights @ losses  # () or (1 + logged,)
         if grad:

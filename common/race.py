@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from common import distributed
+from common.run import git_commit
 
 import torch
 from tqdm import tqdm
@@ -61,6 +62,32 @@ def timed(work: Callable, times: int, device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter() - began
+
+
+def measure_machine(device: str) -> dict:
+    """What this machine is, and the best rate in half a second of each: large square matmuls in GFLOP/s, a
+    copy in GB/s (each byte counted once)."""
+    device, limits = distributed.setup(device).device, {}
+
+    def best(work) -> float:
+        times, end = [timed(work, 1, device) for _ in range(2)], time.perf_counter() + 0.5
+        while time.perf_counter() < end:
+            times.append(timed(work, 1, device))
+        return min(times)
+
+    for name in ("fp32", "bf16") + ("fp16",) * (device.type == "cuda"):
+        limits[name] = 0.0
+        for n in (256, 1024, 2048, 8192):
+            if limits[name] and 2 * n**3 / limits[name] / 1e9 > 0.25:  # too slow: bf16 may be emulated
+                break
+            a = torch.randn(n, n, device=device).to(distributed.DTYPES[name])
+            limits[name] = max(limits[name], 2 * n**3 / best(lambda a=a: a @ a) / 1e9)
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    limits["copy"] = 4 * source.numel() / best(lambda: target.copy_(source)) / 1e9
+    return {"device": device.type, "name": distributed.device_name(device), "limits": limits,
+            "dtype": distributed.choose_dtype("auto", device)[0], "torch": torch.__version__,
+            "python": sys.version.split()[0], "commit": git_commit()}
 
 
 def warm_up(step: Callable, device, steps: int) -> int:

@@ -197,16 +197,17 @@ class Stopping(StopRequest):
         return self.left < 0
 
 
-def test_interrupted_anywhere_it_gives_the_same_summary(place, whole, monkeypatch):
+@pytest.mark.parametrize("stops", [(15, 62), pytest.param((5, 15, 62, 90), marks=pytest.mark.slow)])
+def test_interrupted_anywhere_it_gives_the_same_summary(place, whole, monkeypatch, stops):
     cfg, row = whole
-    other = replace(cfg, name="again")
+    other = replace(cfg, name=f"again{len(stops)}")
     monkeypatch.setattr(causes, "draw", lambda *args: None)
-    for after in (15, 62):  # at a switch, in the second arm
+    for after in stops:  # within a segment, at a switch, in the second arm, in the second seed
         monkeypatch.setattr(loop_train, "StopRequest", lambda after=after: Stopping(after))
         assert main(other)["status"] == "stopped"
     monkeypatch.undo()
     assert finite(main(other)["result"]) == finite(row["result"])
-    paths = [Path(cfg.out_dir, name, "summary.json") for name in (cfg.name, "again")]
+    paths = [Path(cfg.out_dir, name, "summary.json") for name in (cfg.name, other.name)]
     assert paths[0].read_text() == paths[1].read_text()
 
 

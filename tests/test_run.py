@@ -241,7 +241,7 @@ def test_ctrl_c_while_a_script_starts_ends_with_a_line(tmp_path, command):
     text.write_text("It was the best of times, it was the worst of times.\n" * 100_000)
     command = [c.replace("TEXT", str(text)) for c in command]
     started = []
-    for i in range(3):
+    for i in range(5):
         where = [f"--data_dir={tmp_path}/{i}", "--tokenizer=bpe:2000"] if "prepare" in command[0] else []
         started.append(subprocess.Popen([sys.executable, *command, *where], stdout=subprocess.DEVNULL,
                                         stderr=subprocess.PIPE, text=True))
@@ -250,5 +250,5 @@ def test_ctrl_c_while_a_script_starts_ends_with_a_line(tmp_path, command):
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
     said = [process.communicate(timeout=60)[1] for process in started]
-    assert all("Traceback" not in text for text in said) and sum("interrupted" in text for text in said) >= 1
+    assert all("Traceback" not in text for text in said) and sum("interrupted" in text for text in said) >= 2
     assert {process.returncode for process in started} <= {0, 2, 130, -signal.SIGINT}, said
