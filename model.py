@@ -535,6 +535,7 @@ class LM(nn.Module):
         self.head = Linear(cfg.head_width, cfg.vocab_size, cfg.head_bias, table_std, (), "head")
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.head_sampler = None  # for training on a sample of the vocabulary (common/sampled_head.py)
         self.init_parameters()
 
     @torch.no_grad()
@@ -556,7 +557,9 @@ class LM(nn.Module):
         if targets is None:
             return self.head(x), state  # (B, T, V)
         # fused: all logits are never held at once
-        loss = cross_entropy(x.flatten(0, 1), self.head.weight, self.head.bias, targets.flatten())
+        head = self.head.weight, self.head.bias, targets.flatten()
+        weight, bias, places = self.head_sampler(*head) if self.training and self.head_sampler else head
+        loss = cross_entropy(x.flatten(0, 1), weight, bias, places)
         loss = loss + self.balance_loss(balances, targets)
         return loss, state
 

@@ -6,38 +6,49 @@
     python sweep.py config/mini3.py --max_steps=500 --arm="config/mini7.py max_steps=500"  # a whole config
     python sweep.py config/demo.py --arm=qk_norm --jobs=2 --dry_run            # what it would run
     python sweep.py config/continual.py --arm=replay=0.05 --metric=shakespeare_forgotten --against=loss
+    python sweep.py config/demo.py --arm=d_model=192 --equal_seconds=120       # equal time, not equal steps
+    python sweep.py config/recipe.py                                           # a study in a config file
 
 Every option of the script (train.py, or --script) works here and holds for all runs. An arm is options on top
 of those, or a config file, whose options win; what each arm changes is printed first. The arm `base` changes
 nothing and always runs; a grid point that changes nothing is base. Each run is a process of its own,
 `python train.py out/NAME_sweep/ARM.py --seed=S --name=NAME_ARM_sS`, where ARM.py holds the arm's config. With
-the same seed, all arms see the same data in the same order, so differences are taken seed by seed.
+the same seed, all arms see the same data in the same order, so differences are taken seed by seed. With
+--setting="OPTION=VALUE ..." all arms run once more under these options, against the base under them.
+
+--equal_seconds gives each arm as many steps as take that long: steps are timed before, alone and in turns,
+and their times kept in steps.json, so that every later command has the same arms. A verdict (better, worse,
+undecided) needs runs of 1,000 steps or more: short runs rank arms otherwise than long ones (--verdict_steps).
 
 Ctrl-C and SIGTERM make the running runs save and stop (kill -9 leaves them running). The same command
 continues: it reads finished runs, continues unfinished ones and refuses runs with other settings. Arms and
 seeds can be added later. out/NAME_sweep/ gets table.md, results.jsonl, sweep.png (with --against, against.png
 too) and the logs.
 """
+import contextlib
 import importlib
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from multiprocessing import get_context
 from typing import ClassVar
 
 from common import checkpoint, data
 from common.config import Config, ConfigError, UserError, launch, load
 from common.console import resume_command, say
 from common.distributed import Dist
-from common.files import make_folder, write_text
+from common.files import make_folder, read_json, write_json, write_text
 from common.run import RunConfig, append_to_ledger, differences_to, digest, finite, ledger_row, read_ledger
-from common.stats import holm, paired_difference
+from common.stats import against_noise_floor, holm, paired_difference
 from common.stop import StopRequest
 from common.tables import grid, new_figure, save_figure
 
@@ -60,12 +71,18 @@ class SweepOptions(Config):
     arm: tuple[str, ...] = ()  # one arm: "OPTION=VALUE ..." or a config file; repeat it for more
     seeds: int = 3  # runs per arm, with seeds seed, seed + 1, ...
     jobs: int = 1  # runs at a time; they share cores, memory (set micro_batch_size) and GPUs
+    setting: tuple[str, ...] = ()  # "OPTION=VALUE ...": all arms under these options too; repeat it for more
+    equal_seconds: float = 0.0  # training time of each run here, in place of its length; 0 = as configured
+    verdict_steps: int = 1000  # no verdict if a run has fewer steps
     metric: str = "loss"  # the result to compare: loss, bits_per_byte or another number that runs report
     against: str = ""  # a second result: also draw the metric against it, a dot per run
     also: tuple[str, ...] = ()  # more results, whose means become columns of the table
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "seeds", "jobs")
+        out += self.at_least(0, "equal_seconds", "verdict_steps")
+        if self.equal_seconds and "train_minutes" not in {f.name for f in fields(self)}:
+            out.append(f"equal_seconds: {self.script}.py cannot time its steps; use --script=train")
         if self.script != self.SCRIPT_CONFIG.__module__:
             out.append(f"script must be given as the flag --script={self.script}, with '=', or in the first "
                        "config file as script = ...")
@@ -98,6 +115,7 @@ class Arm:
     text: str  # as typed
     cfg: RunConfig
     changes: list[str]  # "option: value in base -> value here"
+    base: str = "base"  # the name of the arm it is compared with
 
 
 @dataclass
@@ -110,9 +128,37 @@ class Run:
 
 
 def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
-    """The arms, base first, and what is wrong with them. A grid point that changes nothing is base."""
+    """The arms, each setting's base first, and what is wrong with them."""
     kind = cfg.SCRIPT_CONFIG
-    base = {f.name: getattr(cfg, f.name) for f in fields(kind)}
+    plain = {f.name: getattr(cfg, f.name) for f in fields(kind)}
+    arms, problems = arms_of(cfg, plain)
+    for setting in cfg.setting:
+        try:
+            under = load(kind, [w if w.endswith(".py") else f"--{w}" for w in setting.split()], plain)
+        except ConfigError as e:
+            problems += [f"setting '{setting}': {p}" for p in e.problems]
+            continue
+        name = file_name(setting.split())
+        more, wrong = arms_of(cfg, {f.name: getattr(under, f.name) for f in fields(kind)})
+        problems += [f"setting '{setting}': {p}" for p in wrong]
+        arms += [replace(a, name=f"{name}_{a.name}", text=f"{a.text}, {setting}", base=f"{name}_base")
+                 for a in more]
+    for name in {a.name for a in arms if [b.name for b in arms].count(a.name) > 1}:
+        problems.append(f"two arms or settings have the same name '{name}'")
+    for arm in arms:  # a typed default may contradict init_from as well
+        arm.cfg.given |= cfg.given
+    return arms, problems
+
+
+def file_name(words: list[str]) -> str:
+    parts = [os.path.basename(w)[:-3] if w.endswith(".py") else w for w in words]
+    return re.sub(r"[^\w.+-]+", "-", "_".join(parts))
+
+
+def arms_of(cfg: SweepConfig, base: dict) -> tuple[list[Arm], list[str]]:
+    """The arms under one setting, `base` first. A grid point that changes nothing is base."""
+    kind, own = cfg.SCRIPT_CONFIG, OF_THE_SWEEP + ("max_steps", "epochs", "train_minutes") * bool(
+        cfg.equal_seconds)
     axes = [(key, values.split(",")) for key, _, values in (text.partition("=") for text in cfg.grid)]
     points = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes))
     text = " ".join(["base", *(f"{key}={base.get(key.replace('-', '_'))}" for key, _ in axes)])
@@ -125,22 +171,54 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
             problems += [f"arm '{text}': {p}" for p in e.problems]
             continue
         changes = arm.differences(base, free=set())
-        own = [c for c in changes if c.split(":")[0] in OF_THE_SWEEP]
-        parts = [os.path.basename(w)[:-3] if w.endswith(".py") else w for w in words]
-        name = re.sub(r"[^\w.+-]+", "-", "_".join(parts))
-        if own:
-            problems.append(f"arm '{text}': only the whole sweep can set {', '.join(own)}")
+        wrong, name = [c for c in changes if c.split(":")[0] in own], file_name(words)
+        if wrong:
+            problems.append(f"arm '{text}': only the whole sweep can set {', '.join(wrong)}")
         elif not changes and text in cfg.arm:
             problems.append(f"arm '{text}' changes nothing: the config has these values already")
         elif name in [a.name for a in arms]:
             problems.append(f"arm '{text}': there is another arm '{name}'")
         elif changes:
             arms.append(Arm(name, text, arm, changes))
-    if cfg.metric == "loss" and any(a.cfg.data != cfg.data for a in arms):
+    if cfg.metric == "loss" and any(a.cfg.data != base["data"] for a in arms):
         problems.append("losses per token do not compare between data folders: use --metric=bits_per_byte")
-    for arm in arms:  # a typed default may contradict init_from as well
-        arm.cfg.given |= cfg.given
     return arms, problems
+
+
+def for_timing(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the sweep
+    torch.set_num_threads(threads)
+
+
+def seconds_per_step(cfg: RunConfig) -> float:
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
+        return importlib.import_module("train").main(cfg)["step_seconds"]
+
+
+def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
+    """Give each arm as many steps as take cfg.equal_seconds: its step is timed alone, in a process of its
+    own, in three turns of all arms. steps.json keeps the times."""
+    path, known = os.path.join(folder, "steps.json"), {}
+    if os.path.exists(path) and not cfg.overwrite:
+        known = read_json(path)
+    todo = [a for a in arms if a.name not in known]
+    times, threads = {a.name: [] for a in todo}, max(1, torch.get_num_threads() // cfg.jobs)
+    bar = tqdm(total=3 * len(todo), unit="arm", desc="timing steps", disable=not sys.stderr.isatty())
+    for turn in range(3):
+        for arm in todo[::-1 if turn % 2 else 1]:
+            # any length will do: only the step is timed
+            trial = replace(arm.cfg, dry_run=True, train_minutes=1.0, epochs=0.0, max_steps=0)
+            with ProcessPoolExecutor(1, get_context("spawn"), for_timing, (threads,)) as pool:
+                times[arm.name].append(pool.submit(seconds_per_step, trial).result())
+            bar.update()
+    bar.close()
+    if todo:
+        make_folder(folder)
+        known |= {name: statistics.median(values) for name, values in times.items()}
+        write_json(path, known)
+    for arm in arms:
+        steps = max(1, round(cfg.equal_seconds / known[arm.name]))
+        arm.cfg, arm.cfg.given = replace(arm.cfg, max_steps=steps, epochs=0.0), arm.cfg.given
 
 
 def look_up(run: Run, out_dir: str) -> list[str]:
@@ -240,18 +318,18 @@ def score_of(row: dict, metric: str) -> float:
 def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
     """A row per arm: scores by seed, and the difference to base over the seeds that both have. Unknown
     numbers are nan."""
-    results = []
+    results, of_base = [], {}  # of_base: the scores of each setting's base
     for arm in arms:
         rows = {r.seed: r.row for r in runs if r.arm is arm and r.row}
         scores = {seed: score_of(row, cfg.metric) for seed, row in rows.items()}
         others = {name: {seed: score_of(row, name) for seed, row in rows.items()}
                   for name in (*[cfg.against] * bool(cfg.against), *cfg.also)}
-        base = results[0]["scores"] if results else {}
-        seeds = [s for s in scores if s in base]
+        base = of_base.setdefault(arm.base, scores) if arm.name == arm.base else of_base[arm.base]
+        seeds = [s for s in scores if s in base] if arm.name != arm.base else []
         effect = paired_difference([scores[s] for s in seeds], [base[s] for s in seeds])
         counts = [row["counts"] for row in rows.values()] or [{}]
         means = {key: statistics.fmean(c.get(key, math.nan) for c in counts)
-                 for key in ("parameters", "tokens")}
+                 for key in ("parameters", "tokens", "steps")}
         seconds = statistics.fmean([row["seconds"] for row in rows.values()] or [math.nan])
         results.append({
             "arm": arm.text, "changes": arm.changes, **means, "seconds": seconds,
@@ -265,20 +343,37 @@ def compare(cfg: SweepConfig, arms: list[Arm], runs: list[Run]) -> list[dict]:
             "commits": sorted({row["commit"] for row in rows.values()})})
     for row, p in zip(results, holm([row["p"] for row in results]), strict=True):
         row["p_holm"] = p
+    for base in of_base:
+        under = [r for a, r in zip(arms, results, strict=True) if a.base == base]
+        noise, ps = against_noise_floor([list(r["differences"].values()) for r in under])
+        least = min((r["steps"] for r in under if math.isfinite(r["steps"])), default=math.inf)
+        for row, p in zip(under, holm(ps), strict=True):
+            row |= {"noise": noise, "p_noise": p, "verdict": verdict(cfg, row, p, least)}
     return results
+
+
+def verdict(cfg: SweepConfig, row: dict, p: float, steps: float) -> str:
+    if math.isnan(p):
+        return ""
+    if steps < cfg.verdict_steps:
+        return f"none: under {cfg.verdict_steps:,} steps"
+    if p >= 0.05:
+        return "undecided"
+    words = ("better", "worse") if re.search("loss|perplexity|bits", cfg.metric) else ("lower", "higher")
+    return words[row["difference"] > 0]
 
 
 def table(cfg: SweepConfig, results: list[dict]) -> str:
     seeds = range(cfg.seed, cfg.seed + cfg.seeds)
     lines = [["arm", "parameters", "tok/s", "minutes", *(f"seed {s}" for s in seeds), "mean", "sd",
-              "difference", "95 % from", "to", "p", "p (Holm)"]]
+              "difference", "95 % from", "to", "p", "p (Holm)", "verdict"]]
     forms = [",.0f", ",.0f", ".1f", *[".4f"] * (cfg.seeds + 2), *["+.4f"] * 3, ".3g", ".3g"]
     for r in results:
         numbers = [r["parameters"], r["tokens_per_second"], r["seconds"] / 60,
                    *(r["scores"].get(s, math.nan) for s in seeds),
                    *(r[key] for key in ("mean", "sd", "difference", "low", "high", "p", "p_holm"))]
         lines.append([r["arm"], *(format(x, form) if math.isfinite(x) else ""
-                                  for x, form in zip(numbers, forms, strict=True))])
+                                  for x, form in zip(numbers, forms, strict=True)), r["verdict"]])
     for name in results[0]["also"]:
         cells = [name, *(f"{r['also'][name]:.4f}" for r in results)]
         lines = [[*line, cell] for line, cell in zip(lines, cells, strict=True)]
@@ -294,10 +389,16 @@ def notes(cfg: SweepConfig, results: list[dict], runs: list[Run]) -> list[str]:
         out += ["difference: arm - base, seed by seed (negative is better for a loss), with t interval and "
                 f"paired t-test; p (Holm) is adjusted for the number of arms, {len(halves)}",
                 f"{cfg.seeds} seeds can show differences of about {statistics.median(halves):.4f} or more "
-                "(median half-width of the intervals); smaller ones may exist"]
+                "(median half-width of the intervals); smaller ones may exist",
+                "verdict: 5 %, adjusted for the number of arms, against the noise floor of the seeds: the "
+                "differences' standard deviation over seeds, pooled over the arms, "
+                + ", ".join(dict.fromkeys(f"{r['noise']:.4f}" for r in results))]
     elif len(results) > 1:
         out.append("one seed shows nothing: the difference may be due to the seed; use --seeds=3 or more")
-    if len(tokens := {r["tokens"] for r in results if r["scores"]}) > 1:
+    if cfg.equal_seconds:
+        out.append(f"each run has as many steps as take {cfg.equal_seconds:g} s alone on this machine, by "
+                   "steps.json")
+    elif len(tokens := {r["tokens"] for r in results if r["scores"]}) > 1:
         out.append(f"the arms trained on unequal numbers of tokens: {min(tokens):,.0f} to {max(tokens):,.0f}")
     if len(commits := sorted({commit for r in results for commit in r["commits"]})) > 1:
         out.append(f"the runs come from different versions of the code: {', '.join(commits)}")
@@ -357,6 +458,8 @@ def draw_against(cfg: SweepConfig, results: list[dict], path: str) -> None:
 def main(cfg: SweepConfig) -> dict:
     """Run or continue the sweep and return its ledger row. UserError lists the runs that failed."""
     arms, folder = make_arms(cfg)[0], os.path.join(cfg.out_dir, f"{cfg.name}_sweep")
+    if cfg.equal_seconds:
+        fit_to_time(cfg, arms, folder)
     runs = [Run(arm, seed, f"{cfg.name}_{arm.name}_s{seed}")  # seed by seed: what is done can be compared
             for seed in range(cfg.seed, cfg.seed + cfg.seeds) for arm in arms]
     stale = [] if cfg.overwrite else [f"\n  {r.name}: {d}" for r in runs for d in look_up(r, cfg.out_dir)]
@@ -364,7 +467,8 @@ def main(cfg: SweepConfig) -> dict:
         raise UserError(f"{cfg.out_dir} holds runs of these names with other settings (there -> here)"
                         f"{''.join(stale)}\nnothing was run; use another --name, or delete them: --overwrite")
     for arm in arms:
-        say(f"{arm.text:<30} {', '.join(arm.changes)}".rstrip())
+        steps = f"{arm.cfg.max_steps:,} steps; " if cfg.equal_seconds else ""
+        say(f"{arm.text:<30} {steps}{', '.join(arm.changes)}".rstrip("; "))
     todo = [r.name for r in runs if not r.row]
     say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {len(runs) - len(todo)} already done; "
         f"{cfg.jobs} at a time, output in {folder}")

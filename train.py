@@ -6,6 +6,7 @@
     python train.py config/exp3.py --dry_run                          # size, cost and plan, without training
     python train.py config/exp3.py --lr=3e-4 --name=exp3_lr3e-4       # a flag overrides the config file
     python train.py config/exp3.py --max_minutes=85                   # stop in time; the same command resumes
+    python train.py config/demo.py --train_minutes=10                 # a whole run in ten minutes
     python train.py config/continual.py                               # continue another run, on new text
     python train.py config/continual.py --replay=0.05 --name=replay   # with old text mixed in
 
@@ -15,6 +16,7 @@ loss.png; when it ends, a line is added to out/ledger.jsonl.
 """
 import math
 import os
+import statistics
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -27,6 +29,7 @@ from common.evaluate import evaluate, measures_text
 from common.files import read_rows
 from common.plan import Plan, PlanConfig, choose_micro_batch, make_plan
 from common.run import Run, RunConfig, way_back
+from common.sampled_head import HeadSampler
 from common.samples import continue_prompts, write_samples
 from common.source import carry_moments, inherit
 from common.step import NotFinite, backward, check_gradients, choose_compile, update, wrap
@@ -45,6 +48,8 @@ import torch
 class TrainConfig(PlanConfig, RunConfig, OptimizerConfig, ModelConfig):
     MAY_CHANGE = {"data", "replay_data", "lora_merge", "eval_data", "eval_lens"}
     name: str = "train"  # the run's folder in out_dir; by default the config file's name
+    # length by time
+    train_minutes: float = 0.0  # steps that take this long here, measured once at the start; 0 = no limit
     # data
     data: str = "data/shakespeare"  # folder made by prepare_data.py
     train_tokens: int = 0  # use only the first N training tokens (what does data buy?); 0 = all
@@ -57,6 +62,7 @@ class TrainConfig(PlanConfig, RunConfig, OptimizerConfig, ModelConfig):
     lora_alpha: float = 16.0  # LoRA's changes are scaled by lora_alpha / lora_rank
     lora_merge: bool = False  # at the end also write merged.pt: best.pt as a plain model
     # more about batches
+    head_samples: int = 0  # tokens sampled for the softmax of a micro-batch (common/sampled_head.py); 0 = all
     tbptt: int = 0  # tokens to back-propagate through; the state is carried along, memory stays flat; 0 = all
     # more to evaluate
     eval_data: tuple[str, ...] = ()  # also evaluate on these folders' validation text: what is forgotten?
@@ -64,7 +70,7 @@ class TrainConfig(PlanConfig, RunConfig, OptimizerConfig, ModelConfig):
 
     def problems(self) -> list[str]:
         out = super().problems() + self.at_least(1, "eval_lens")
-        out += self.at_least(0, "tbptt", "train_tokens", "lora_rank")
+        out += self.at_least(0, "tbptt", "train_tokens", "lora_rank", "train_minutes", "head_samples")
         known = self.n_tokens or not self.init_from  # else the architecture is in a checkpoint not read yet
         return out + self.continuation_problems() + (self.architecture_problems() if known else [])
 
@@ -157,21 +163,62 @@ def samples_of(cfg: TrainConfig, text: Text) -> Windows | ChatRows | Mixed:
 # Plan: what the run will be, in numbers
 
 
-def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: float, began=0) -> Plan:
+def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: float, began=0, fitting=0):
+    """Of a run that is resumed: it `began` with this micro-batch, and so many steps are `fitting` into its
+    train_minutes."""
     dtype, why = distributed.choose_dtype(cfg.dtype, dist.device)
     windows = samples_of(cfg, text).per_epoch if text else 0
     micro, note = choose_micro_batch(cfg, needs, dist, room, began)
-    plan = make_plan(cfg, dist.world, windows, micro)
+    plan = make_plan(cfg, dist.world, windows, micro, fitting)
     plan.dtype, plan.flops_per_token = dtype, needs.model.flops_per_token(cfg.max_seq_len)
+    if cfg.head_samples:
+        left_out = max(0, cfg.vocab_size - cfg.head_samples)
+        plan.flops_per_token -= 6 * left_out * cfg.head_width
     if cfg.lora_rank:  # frozen matrices have no gradients: 4 FLOPs a weight, not 6
         plan.flops_per_token += 6 * (needs.gradients // 4) - 2 * needs.model.count_parameters()["matmul"]
     plan.peak_flops = distributed.peak_flops(dist.device, dtype) * dist.world
     run_flops = plan.flops_per_token * plan.steps * cfg.batch_size * cfg.max_seq_len
+    if cfg.train_minutes and not fitting:
+        run_flops = 60 * cfg.train_minutes * 1e13  # a guess for a GPU
     plan.compiled, why_compile = choose_compile(cfg.compile, run_flops, dist.device)
+    if cfg.train_minutes and text:
+        if not fitting:
+            plan.step_seconds = step_seconds(cfg, plan, text, dist)
+            fitting = max(1, round(60 * cfg.train_minutes / plan.step_seconds))
+        plan.fitting = fitting
+        plan.steps = min(n for n in (plan.steps, fitting) if n)
     plan.notes = [f"device      {distributed.device_name(dist.device)}; {dtype}: {why}; "
                   f"{'compiled' if plan.compiled else 'not compiled'}: {why_compile}",
                   *describe(cfg, plan, text, needs, room), *[note] * bool(note)]
     return plan
+
+
+def step_seconds(cfg: TrainConfig, plan: Plan, text: Text, dist) -> float:
+    """Seconds of an optimiser step here, on a model that is then thrown away: the median over about five
+    seconds, the slowest process's."""
+    model = make_model(cfg).to(dist.device)
+    model.trunk.checkpoint_activations = cfg.checkpoint_activations
+    model.head_sampler = head_sampler(cfg, text, dist)
+    optimizer = make_optimizer(model, cfg)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=plan.dtype == "fp16")
+    net, windows, times, count = wrap(model, plan.compiled, dist), samples_of(cfg, text), [], 4
+    while len(times) < count:
+        began, step = time.perf_counter(), len(times)
+        set_learning_rates(optimizer, cfg, 0, 1000)
+        batches = [windows.batch(i, plan.micro, dist.device) for i in plan.samples(step, dist.rank)]
+        loss = backward(net, batches, dist, plan.dtype, scaler, tbptt=cfg.tbptt)
+        update(model, optimizer, scaler, cfg.grad_clip, loss)
+        times.append(-dist.min(began - time.perf_counter()))
+        if len(times) == 4:  # the first ones are slower
+            count = 4 + min(500, max(9, round(5 / times[-1])))
+    return statistics.median(times[4:])
+
+
+def head_sampler(cfg: TrainConfig, text: Text, dist) -> HeadSampler | None:
+    if not cfg.head_samples:
+        return None
+    ids = text.train.ids if isinstance(text.train, Chats) else text.train
+    return HeadSampler(ids, cfg.vocab_size, cfg.head_samples, dist.device)
 
 
 def describe(cfg: TrainConfig, plan: Plan, text: Text | None, needs: fit.Needs, room: float) -> list[str]:
@@ -197,6 +244,10 @@ def describe(cfg: TrainConfig, plan: Plan, text: Text | None, needs: fit.Needs, 
     if cfg.replay:
         lines.append(f"replay      {cfg.replay:.3g} of all sequences, from {cfg.replay_data}; the epoch "
                      "below includes them")
+    if cfg.train_minutes:
+        lines.append(f"length      {plan.fitting:,} steps take {cfg.train_minutes:g} minutes"
+                     + (f": {1000 * plan.step_seconds:.1f} ms each, measured now" if plan.step_seconds else
+                        ", as measured when the run began"))
     return [
         *lines,
         f"epoch       {plan.per_epoch:,} windows x {seq} = {epoch:,} tokens; D/N {epoch / n['total']:.2f}:1 "
@@ -219,6 +270,7 @@ class Progress:
     bad_evals: int = 0  # evaluations since the best
     loss_sum: float = 0.0  # over the steps since the last evaluation
     micro: int = 0  # sequences per forward pass
+    fitting: int = 0  # steps that train_minutes came to
     ended: str = ""  # "finished" or "early stop"
 
 
@@ -252,7 +304,7 @@ def train(cfg: TrainConfig, plan: Plan, text: Text, model: LM, optimizer, scaler
             began = time.perf_counter()
             lr = set_learning_rates(optimizer, cfg, progress.step, plan.steps)
             seeds = None
-            if cfg.dropout:  # masks are a function of (seed, sample), so a resumed run draws the same
+            if cfg.dropout or cfg.head_samples:  # functions of (seed, sample), the same on resuming
                 seeds = [(cfg.seed * 2**40 + i) % 2**63 for i in plan.samples(progress.step, dist.rank)]
             loss = backward(net, batches, dist, plan.dtype, scaler, seeds=seeds, tbptt=cfg.tbptt)
             batches = fetch(progress.step + 1)  # meanwhile a GPU still computes
@@ -379,7 +431,8 @@ def main(cfg: TrainConfig) -> dict:
             saved = run.find()
             if saved and cfg.epochs < 0:  # not given, so as at the start of the run
                 run.cfg = cfg = replace(cfg, epochs=saved["config"]["epochs"])
-            plan = plan_run(cfg, dist, text, needs, room, saved["progress"]["micro"] if saved else 0)
+            began = saved["progress"] if saved else {}
+            plan = plan_run(cfg, dist, text, needs, room, began.get("micro", 0), began.get("fitting", 0))
             if dist.is_main:
                 say("\n".join(plan.notes))
             model, optimizer, scaler, progress = begin(cfg, plan, text, run, saved)
@@ -399,6 +452,7 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
     source = checkpoint.load(cfg.init_from, mmap=True) if cfg.init_from and not saved else None
     model = make_model(cfg, source).to(device)
     model.trunk.checkpoint_activations = cfg.checkpoint_activations
+    model.head_sampler = head_sampler(cfg, text, run.dist)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == "fp16")
     if saved:
@@ -409,7 +463,7 @@ def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None
         if cfg.carry_optimizer:
             carry_moments(optimizer, source, cfg.init_from, cfg.optimizer)
         progress.evaluated = -1  # the curve begins with what was there
-    progress.micro = plan.micro
+    progress.micro, progress.fitting = plan.micro, plan.fitting
     # for an export: what its config.json and others said, and that it stops where answers end
     answers = {"chat": True} if isinstance(text.train, Chats) else {}
     run.data["pretrained"] = (saved or source or {}).get("pretrained", {}) | answers

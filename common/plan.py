@@ -1,6 +1,7 @@
 """How a run is divided into optimiser steps, processes and micro-batches."""
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from common import distributed, fit
 from common.config import Config, UserError
@@ -10,10 +11,11 @@ from common.config import Config, UserError
 class PlanConfig(Config):
     MAY_CHANGE = {"checkpoint_activations", "memory_gb", "micro_batch_size", "max_minutes", "prompts",
                   "sample_tokens", "log_interval", "save_minutes"}
+    train_minutes: ClassVar[float] = 0.0  # an option of the scripts that can measure their steps
     # length: whichever ends first
     epochs: float = -1.0  # passes over the training samples; 0 = no limit; -1 = 1, or no limit with max_steps
     max_steps: int = 0  # optimiser steps; 0 = no limit
-    max_minutes: float = 0.0  # save and stop after this long; the same command resumes; 0 = no limit
+    max_minutes: float = 0.0  # of a session: save and stop; the same command resumes; 0 = no limit
     # batch
     batch_size: int = 32  # sequences per optimiser step, over all processes
     micro_batch_size: int = 0  # sequences per process and forward pass; 0 = as many as fit at the start
@@ -33,7 +35,7 @@ class PlanConfig(Config):
                              "sample_tokens", "save_minutes", "memory_gb")
         if self.epochs < 0 and self.epochs != -1:
             out.append(f"epochs must not be negative (except -1, the default), got {self.epochs}")
-        if not self.epochs and not self.max_steps:
+        if not self.epochs and not self.max_steps and not self.train_minutes:
             out.append("the run has no end: set epochs or max_steps (max_minutes only stops a session)")
         if self.micro_batch_size > 0 and self.batch_size % self.micro_batch_size:
             out.append(f"micro_batch_size={self.micro_batch_size} does not divide "
@@ -51,12 +53,14 @@ class Plan:
     micro: int  # sequences per forward pass
     accumulation: int  # forward passes per step and process
     per_epoch: int  # training windows per epoch; 0 = unknown
-    steps: int  # optimiser steps of the whole run
+    steps: int  # optimiser steps of the whole run; 0 = as many as fit into its time, not measured yet
     dtype: str = "fp32"
     compiled: bool = False
     flops_per_token: float = 0.0
     run_flops: float = 0.0
     peak_flops: float = 0.0  # of all devices together; 0 = unknown
+    fitting: int = 0  # steps that fit into train_minutes; 0 = no length by time
+    step_seconds: float = 0.0  # as just measured for that
     notes: list[str] = field(default_factory=list)  # lines to print
 
     def evaluates(self, step: int, cfg) -> bool:
@@ -77,15 +81,16 @@ class Plan:
         return f"{tokens:,.0f} tok/s{mfu}, {distributed.peak_memory(device):.2f} GB"
 
 
-def make_plan(cfg, world: int, per_epoch: int, micro: int) -> Plan:
+def make_plan(cfg, world: int, per_epoch: int, micro: int, steps: int = 0) -> Plan:
+    """`steps`: how many fit into the length by time; 0 = it is not known or not asked for."""
     if cfg.batch_size % (micro * world):
         fits = math.ceil(cfg.batch_size / (micro * world)) * micro * world
         raise UserError(f"batch_size={cfg.batch_size} does not split into {world} processes x "
                         f"micro_batch_size={micro}; use --batch_size={fits}")
-    epochs = cfg.epochs if cfg.epochs >= 0 else 0 if cfg.max_steps else 1
+    epochs = cfg.epochs if cfg.epochs >= 0 else 0 if cfg.max_steps or cfg.train_minutes else 1
     ends = [max(1, math.ceil(epochs * per_epoch / cfg.batch_size))] if epochs else []
-    ends += [cfg.max_steps] if cfg.max_steps else []
-    return Plan(world, micro, cfg.batch_size // (micro * world), per_epoch, min(ends))
+    ends += [n for n in (cfg.max_steps, steps) if n]
+    return Plan(world, micro, cfg.batch_size // (micro * world), per_epoch, min(ends, default=0))
 
 
 def choose_micro_batch(cfg, needs: fit.Needs, dist, room: float, began: int) -> tuple[int, str]:

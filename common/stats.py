@@ -35,6 +35,21 @@ def paired_difference(treated: Sequence[float], control: Sequence[float], level:
     return Effect(mean, float(low), float(high), float(test.pvalue), len(differences))
 
 
+def against_noise_floor(differences: Sequence[Sequence[float]]) -> tuple[float, list[float]]:
+    """Arms' differences to one base, a list of one number per seed for each arm: (their standard deviation
+    over seeds, pooled over the arms, and each arm's two-sided p-value of a mean of 0 given that noise). With
+    few seeds this decides more than each arm's own t-test; it assumes that all arms scatter alike. nan for
+    arms with fewer than two seeds."""
+    many = [np.asarray(d, dtype=float) for d in differences if len(d) > 1]
+    freedom = sum(len(d) - 1 for d in many)
+    if not freedom:
+        return math.nan, [math.nan] * len(differences)
+    sd = math.sqrt(sum(((d - d.mean()) ** 2).sum() for d in many) / freedom)
+    floor = max(sd, 1e-12)
+    return sd, [2 * float(stats.t.sf(abs(np.mean(d)) * math.sqrt(len(d)) / floor, freedom))
+                if len(d) > 1 else math.nan for d in differences]
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for the number of tests, in the given order (Holm 1979, step-down): rejecting those
     below alpha rejects a true hypothesis with probability at most alpha, however the tests depend on each

@@ -18,6 +18,7 @@ from common.stats import paired_difference
 from sweep import SweepConfig
 
 import pytest
+import scipy.stats
 import torch
 
 SMALL = {"name": "tiny", "device": "cpu", "dtype": "fp32", "d_model": 32, "n_layers": 1, "n_heads": 2,
@@ -271,8 +272,80 @@ def test_one_seed_shows_nothing(tmp_path):
     cfg, arms, runs = made({"base": [1.0], "a": [0.9]})
     results = sweep.compare(cfg, arms, runs)
     assert results[1]["difference"] == pytest.approx(-0.1)
-    assert sweep.table(cfg, results).splitlines()[3].rstrip(" |").endswith("-0.1000")  # no interval, no p
+    assert sweep.table(cfg, results).splitlines()[3].rstrip(" |").endswith("-0.1000")  # no p, no verdict
     assert "one seed shows nothing" in " ".join(sweep.notes(cfg, results, runs))
+
+
+def test_verdicts_need_a_difference_beyond_the_noise_and_long_runs():
+    scores = {"base": [1.0, 1.1, 1.2], "a": [0.90, 1.01, 1.09], "b": [1.02, 1.09, 1.21],
+              "c": [1.3, 1.4, 1.52]}
+    cfg, arms, runs = made(scores)
+    for run in runs:
+        run.row |= {"counts": {"parameters": 1, "tokens": 5, "steps": 1000}}
+    got = sweep.compare(cfg, arms, runs)
+    assert [r["verdict"] for r in got] == ["", "better", "undecided", "worse"]
+    pooled = math.sqrt(statistics.fmean(statistics.variance(r["differences"].values()) for r in got[1:]))
+    assert got[1]["noise"] == pytest.approx(pooled)
+    t = got[2]["difference"] * math.sqrt(3) / pooled
+    assert got[2]["p_noise"] == pytest.approx(2 * scipy.stats.t.sf(t, 6))
+    assert sweep.compare(dataclasses.replace(cfg, metric="recall"), arms, [
+        dataclasses.replace(r, row=r.row | {"result": {"recall": r.row["result"]["loss"]}}) for r in runs
+    ])[3]["verdict"] == "higher"
+    runs[4].row |= {"counts": {"parameters": 1, "tokens": 5, "steps": 999}}
+    assert {r["verdict"] for r in sweep.compare(cfg, arms, runs)[1:]} == {"none: under 1,000 steps"}
+    shorter = dataclasses.replace(cfg, verdict_steps=999)
+    assert sweep.compare(shorter, arms, runs)[1]["verdict"] == "better"
+
+
+def test_settings_have_bases_of_their_own():
+    cfg = SweepConfig(arm=("qk_norm",), setting=("d_model=64 lr=1e-2",), grid=("lr=1e-3,1e-2",), lr=1e-3)
+    arms, problems = sweep.make_arms(cfg)
+    assert not problems
+    assert [(a.name, a.base) for a in arms] == [
+        ("base", "base"), ("lr-1e-2", "base"), ("qk_norm", "base"),
+        *((f"d_model-64_lr-1e-2_{n}", "d_model-64_lr-1e-2_base") for n in ("base", "lr-1e-3", "qk_norm"))]
+    assert [(a.cfg.d_model, a.cfg.lr, a.cfg.qk_norm) for a in arms[3:]] == [
+        (64, 1e-2, False), (64, 1e-3, False), (64, 1e-2, True)]
+    _, _, runs = made({"base": [1.0, 2.0]})
+    runs = [sweep.Run(a, s, "", runs[0].row | {"result": {"loss": 10.0 * (a.base != "base") + i % 3 + s}})
+            for s in (1, 2) for i, a in enumerate(arms)]
+    assert [r["difference"] for r in sweep.compare(cfg, arms, runs)][1:] == pytest.approx(
+        [1, 2, math.nan, 1, 2], nan_ok=True)
+    with pytest.raises(ConfigError, match="setting 'd_mode=3': flag: no option 'd_mode'"):
+        SweepConfig(setting=("d_mode=3",))
+
+
+def test_equal_seconds_give_steps_by_measured_times(corpus, tmp_path, monkeypatch):
+    times = iter([0.1, 0.2, 0.21, 0.11, 0.12, 0.22])  # in turns: base, wide; wide, base; base, wide
+
+    class Pool:
+        def __init__(self, *_): pass
+        def __enter__(self): return self
+        def __exit__(self, *_): pass
+        def submit(self, work, cfg): return type("Future", (), {"result": lambda _: next(times)})()
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
+    cfg = SweepConfig(**options(corpus, tmp_path, arm=("d_ff=64",), seeds=1, equal_seconds=2.2))
+    sweep.main(cfg)
+    counts = {r["name"]: r["counts"]["steps"] for r in read_rows(str(tmp_path / "ledger.jsonl"))
+              if r["script"] == "train"}
+    assert counts == {"tiny_base_s1": 20, "tiny_d_ff-64_s1": 10}
+    no_more_runs(monkeypatch)  # nor times: the iterator is at its end
+    assert "2.2 s alone" in (tmp_path / "tiny_sweep" / "table.md").read_text()
+    sweep.main(cfg)
+    with pytest.raises(UserError, match="max_steps: 20 -> 40"):
+        sweep.main(dataclasses.replace(cfg, equal_seconds=4.4))
+    with pytest.raises(ConfigError, match="only the whole sweep can set max_steps"):
+        SweepConfig(equal_seconds=1.0, arm=("max_steps=5",))
+    with pytest.raises(ConfigError, match="cannot time its steps"):
+        sweep.sweep_config("distill")(script="distill", equal_seconds=1.0)
+
+
+def test_a_step_is_timed_in_a_process_of_its_own(corpus, tmp_path):
+    cfg = SweepConfig(**options(corpus, tmp_path, seeds=1, equal_seconds=0.05, dry_run=True))
+    assert sweep.main(cfg)["runs"] == ["tiny_base_s1"]
+    steps = json.loads((tmp_path / "tiny_sweep" / "steps.json").read_text())
+    assert list(steps) == ["base"] and 1e-4 < steps["base"] < 10
 
 
 def test_unequal_tokens_and_code_are_reported():

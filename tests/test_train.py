@@ -83,7 +83,7 @@ def signal_at(monkeypatch, step, number=signal.SIGTERM, script=train):
 @pytest.mark.parametrize("number, options", [
     (signal.SIGTERM, {}), (signal.SIGINT, {}),
     (signal.SIGTERM, {"dropout": 0.2, "micro_batch_size": 2, "dtype": "bf16"}),
-    (signal.SIGINT, {"dtype": "fp16"}),
+    (signal.SIGINT, {"dtype": "fp16", "head_samples": 50}),
     (signal.SIGTERM, {"optimizer": "muon", "muon_warmup_steps": 8, "embed_lr": 3e-3}),
     (signal.SIGINT, {"optimizer": "sgd", "schedule": "wsd", "epochs": 0.05, "max_steps": 0,
                      "eval_interval": 0})])
@@ -463,6 +463,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(small, capsys):
                      f"{steps:,} steps = ", f"= {steps * 512:,} tokens; D/N {steps * 512 / n:.2f}:1",
                      "MFLOPs per token", "memory"):
         assert expected in out, expected
+
+
+def test_a_length_by_time_is_measured_once_and_kept(small, monkeypatch, capsys):
+    options = {"epochs": -1.0, "max_steps": 0, "schedule": "wsd", "decay_fraction": 0.5, "min_lr_ratio": 0.0}
+    monkeypatch.setattr(train, "step_seconds", lambda *_: 0.5)  # of a machine that is not busy
+    cfg = small(name="parts", train_minutes=0.101, **options)  # 12.12 steps of half a second
+    signal_at(monkeypatch, 6)
+    assert train.main(cfg)["status"] == "stopped"
+    assert "12 steps take 0.101 minutes: 500.0 ms each, measured now" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "step_seconds", None)  # it is not called
+    assert train.main(cfg)["counts"]["steps"] == 12
+    assert "as measured when the run began" in capsys.readouterr().out
+    whole = small(name="whole", **options | {"max_steps": 12})
+    train.main(whole)
+    assert_same_run(whole, cfg)
+    monkeypatch.undo()
+    planned = train.main(small(name="plan", train_minutes=0.05, dry_run=True, **options))
+    assert planned["steps"] == max(1, round(3 / planned["step_seconds"]))
+    assert train.main(small(name="plan", train_minutes=0.05, dry_run=True, **options | {
+        "max_steps": 3}))["steps"] == 3
 
 
 def test_dry_run_needs_no_data(tmp_path, capsys, monkeypatch):
