@@ -132,7 +132,7 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
     kind = cfg.SCRIPT_CONFIG
     plain = {f.name: getattr(cfg, f.name) for f in fields(kind)}
     arms, problems = arms_of(cfg, plain)
-    for setting in cfg.setting:
+    for setting in filter(None, cfg.setting):
         try:
             under = load(kind, [w if w.endswith(".py") else f"--{w}" for w in setting.split()], plain)
         except ConfigError as e:
