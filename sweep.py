@@ -206,8 +206,7 @@ def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
     bar = tqdm(total=3 * len(todo), unit="arm", desc="timing steps", disable=not sys.stderr.isatty())
     for turn in range(3):
         for arm in todo[::-1 if turn % 2 else 1]:
-            # any length will do: only the step is timed
-            trial = replace(arm.cfg, dry_run=True, train_minutes=1.0, epochs=0.0, max_steps=0)
+            trial = replace(arm.cfg, dry_run=True, train_minutes=cfg.equal_seconds / 60)
             with ProcessPoolExecutor(1, get_context("spawn"), for_timing, (threads,)) as pool:
                 times[arm.name].append(pool.submit(seconds_per_step, trial).result())
             bar.update()

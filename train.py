@@ -194,8 +194,8 @@ def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: 
 
 
 def step_seconds(cfg: TrainConfig, plan: Plan, text: Text, dist) -> float:
-    """Seconds of an optimiser step here, on a model that is then thrown away: the median over about five
-    seconds, the slowest process's."""
+    """Seconds of an optimiser step here, the slowest process's, on a model that is then thrown away: the
+    median over five seconds, or over a tenth of train_minutes."""
     model = make_model(cfg).to(dist.device)
     model.trunk.checkpoint_activations = cfg.checkpoint_activations
     model.head_sampler = head_sampler(cfg, text, dist)
@@ -210,7 +210,7 @@ def step_seconds(cfg: TrainConfig, plan: Plan, text: Text, dist) -> float:
         update(model, optimizer, scaler, cfg.grad_clip, loss)
         times.append(-dist.min(began - time.perf_counter()))
         if len(times) == 4:  # the first ones are slower
-            count = 4 + min(500, max(9, round(5 / times[-1])))
+            count = 4 + min(500, max(9, round(min(5, 6 * cfg.train_minutes) / times[-1])))
     return statistics.median(times[4:])
 
 

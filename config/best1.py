@@ -31,6 +31,6 @@ schedule = "wsd"
 warmup_steps = 50
 decay_fraction = 0.4
 min_lr_ratio = 0.0
-eval_interval = 4000
+eval_interval = 3000
 prompts = ("The history of India is", "In mathematics,", "The cat sat on the", "Artificial intelligence can",
            "The capital of France is")

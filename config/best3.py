@@ -8,4 +8,5 @@ embed_rank = 0
 n_layers = 4
 d_ff = 420
 dropout = 0.1
+embed_lr = 1e-2
 train_minutes = 60

@@ -63,6 +63,14 @@ def test_ladder_parameter_counts(exp, count):
     assert model.count_parameters()["total"] == count
 
 
+@pytest.mark.parametrize("exp, count", [(1, 868_718), (3, 7_341_312)])
+def test_the_best_of_a_rung_has_no_more_parameters(exp, count):
+    with torch.device("meta"):
+        own, notes = (LM(load(TrainConfig, [f"config/{name}{exp}.py"])) for name in ("best", "exp"))
+    most = notes.count_parameters()["total"]
+    assert own.count_parameters()["total"] == count and 0.999 * most < count <= most
+
+
 def test_tinier_and_qwen_student_parameter_counts():
     with torch.device("meta"):
         tinier = LM(ModelConfig(vocab_size=8192, d_model=192, n_layers=9, n_heads=3, d_ff=384, pos="rope",

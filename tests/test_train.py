@@ -293,9 +293,10 @@ def assert_close_run(a, b, rel_tol=2e-5):
 @pytest.mark.parametrize("name, rel_tol", [
     ("adamw", 2e-5), pytest.param("muon", 1e-3, marks=pytest.mark.slow)])  # Muon works in bf16 where fast
 def test_two_processes_equal_one_and_continue_on_one(small, name, rel_tol):
-    """With dropout and accumulation: one process runs 4 micro-batches, each of two runs 2 of the same. Muon's
-    matrices are shared out, its state is not."""
-    options = {"dropout": 0.1, "micro_batch_size": 2, "eval_lens": (16,), "optimizer": name}
+    """With dropout, a sampled softmax and accumulation: one process runs 4 micro-batches, each of two runs 2
+    of the same. Muon's matrices are shared out, its state is not."""
+    options = {"dropout": 0.1, "micro_batch_size": 2, "eval_lens": (16,), "optimizer": name,
+               "head_samples": 99}
     one, two, moved = (small(name=n, **options) for n in ("one", "two", "moved"))
     train.main(one)
     out = torchrun(two, 2)
@@ -505,6 +506,8 @@ def test_less_training_text_and_too_much(small, corpus):
 
 @pytest.mark.parametrize("options, message", [
     ({"epochs": 0.0, "max_steps": 0}, "the run has no end"),
+    ({"head_samples": -1}, "head_samples must not be negative"),
+    ({"train_minutes": -1.0}, "train_minutes must not be negative"),
     ({"lr": -1.0}, "lr must not be negative"), ({"lr": math.nan}, "lr: nan is not a number"),
     ({"beta2": 1.0}, "beta2 must be at least 0 and below 1"), ({"name": "a/b"}, "plain folder name"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
