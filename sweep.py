@@ -197,11 +197,11 @@ def seconds_per_step(cfg: RunConfig) -> float:
 
 def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
     """Give each arm as many steps as take cfg.equal_seconds: its step is timed alone, in a process of its
-    own, in three turns of all arms. steps.json keeps the times."""
+    own, in three turns of all arms. steps.json keeps the times. A dry run times nothing."""
     path, known = os.path.join(folder, "steps.json"), {}
     if os.path.exists(path) and not cfg.overwrite:
         known = read_json(path)
-    todo = [a for a in arms if a.name not in known]
+    todo = [] if cfg.dry_run else [a for a in arms if a.name not in known]
     times, threads = {a.name: [] for a in todo}, max(1, torch.get_num_threads() // cfg.jobs)
     bar = tqdm(total=3 * len(todo), unit="arm", desc="timing steps", disable=not sys.stderr.isatty())
     for turn in range(3):
@@ -215,7 +215,7 @@ def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
         make_folder(folder)
         known |= {name: statistics.median(values) for name, values in times.items()}
         write_json(path, known)
-    for arm in arms:
+    for arm in (a for a in arms if a.name in known):
         steps = max(1, round(cfg.equal_seconds / known[arm.name]))
         arm.cfg, arm.cfg.given = replace(arm.cfg, max_steps=steps, epochs=0.0), arm.cfg.given
 
@@ -466,7 +466,7 @@ def main(cfg: SweepConfig) -> dict:
         raise UserError(f"{cfg.out_dir} holds runs of these names with other settings (there -> here)"
                         f"{''.join(stale)}\nnothing was run; use another --name, or delete them: --overwrite")
     for arm in arms:
-        steps = f"{arm.cfg.max_steps:,} steps; " if cfg.equal_seconds else ""
+        steps = f"{arm.cfg.max_steps:,} steps; " if cfg.equal_seconds and arm.cfg.max_steps else ""
         say(f"{arm.text:<30} {steps}{', '.join(arm.changes)}".rstrip("; "))
     todo = [r.name for r in runs if not r.row]
     say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {len(runs) - len(todo)} already done; "

@@ -1,8 +1,8 @@
 # Question: what base for small talk can a laptop train in a few minutes?
 #   python prepare_data.py chitchat && python train.py config/chat_base.py
-# The recipe of config/speedrun.py, a little wider and shorter, on human small talk as plain text. These
+# The recipe of config/record_1.py, a little wider and shorter, on human small talk as plain text. These
 # steps see 0.6 of an epoch.
-from config.speedrun import *
+from config.record_1 import *
 
 data = "data/chitchat"
 d_model = 192

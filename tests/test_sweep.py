@@ -342,10 +342,12 @@ def test_equal_seconds_give_steps_by_measured_times(corpus, tmp_path, monkeypatc
 
 
 def test_a_step_is_timed_in_a_process_of_its_own(corpus, tmp_path):
-    cfg = SweepConfig(**options(corpus, tmp_path, seeds=1, equal_seconds=0.05, dry_run=True))
-    assert sweep.main(cfg)["runs"] == ["tiny_base_s1"]
-    steps = json.loads((tmp_path / "tiny_sweep" / "steps.json").read_text())
-    assert list(steps) == ["base"] and 1e-4 < steps["base"] < 10
+    cfg = SweepConfig(**options(corpus, tmp_path, seeds=1, equal_seconds=0.05))
+    assert sweep.main(dataclasses.replace(cfg, dry_run=True))["runs"] == ["tiny_base_s1"]
+    assert not list(tmp_path.iterdir())
+    row = sweep.main(cfg)["result"]["arms"][0]
+    seconds = json.loads((tmp_path / "tiny_sweep" / "steps.json").read_text())
+    assert list(seconds) == ["base"] and row["steps"] == max(1, round(0.05 / seconds["base"]))
 
 
 def test_unequal_tokens_and_code_are_reported():

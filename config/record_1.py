@@ -1,8 +1,8 @@
 # Question: how low can the validation loss get in ten minutes on two CPU cores?
+# The first record, of 2026-11-22: narrow and shallow, since few tokens fit into ten minutes;
+# Muon; twice AdamW's usual learning rate, more for embeddings; a long decay. RESULTS.md has the losses.
 #   python prepare_data.py shakespeare --tokenizer=bpe:8192 --name=shakespeare_bpe8192
-#   python train.py config/speedrun.py                   # or, for less time:  --max_steps=1000
-# Narrow and shallow, since few tokens fit into ten minutes; Muon; twice AdamW's usual learning rate, more for
-# embeddings; a long decay. RESULTS.md compares it with nanoGPT's recipes.
+#   python train.py config/record_1.py
 data = "data/shakespeare_bpe8192"
 max_seq_len = 256
 d_model = 128
