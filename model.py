@@ -347,6 +347,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x, *where):
         h = self.up(x, *where)  # (..., F), or (..., 2F) with a gate
+        if isinstance(self.down, Linear):  # one matmul; else recomputing would repeat others
+            return layers.keeping_input(self.activated, h)
+        return self.activated(h, *where)
+
+    def activated(self, h, *where):
         if self.gated:
             gate, h = h.chunk(2, dim=-1)
             return self.down(self.activation(gate) * h, *where)

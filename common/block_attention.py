@@ -14,9 +14,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor
 
 BLOCK = 128  # queries: 64 to 256 differ little
-KEEP_KEYS = 1024  # with more keys per query, weights are recomputed in backward instead of kept
+KEEP_BYTES = 2**22  # of weights in one call; larger ones are recomputed in backward instead of kept
 
 
 @torch.compiler.disable  # the loop over blocks is too long to unroll
@@ -54,11 +55,12 @@ def weights_of(q, k, position: int, first: int, window: int, sink=None):
     return z.softmax(dim=-1).flatten(1, 2)  # (B * G, H/G * Q, K)
 
 
-def random_keep(x, dropout: float):
+def random_keep(x, dropout: float, generator):
     """A dropout mask for x: each element 1 / (1 - dropout), or 0 with probability `dropout`. From 16 random
     bits per element; bernoulli_ takes five times as long on a CPU."""
     dropped = round(dropout * 2**16)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-2**63, None)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits.random_(-2**63, None, generator=generator)
     keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= dropped - 2**15
     return keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
@@ -70,19 +72,24 @@ class BlockAttention(torch.autograd.Function):
         q = (q * D ** -0.5).reshape(B * G, H // G, T, D)
         k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, D)
         score = None if sink is None else sink.view(G, H // G, 1).repeat(B, 1, 1)  # (B * G, H/G, 1)
-        y = torch.empty_like(q)  # (B * G, H/G, T, D)
-        keep = grad and (dropout > 0 or min(window, S) <= KEEP_KEYS)
-        kept = []
+        # laid out as (B, T, H, D), so that the heads of a token are its row without a copy
+        y = q.new_empty(B, T, G, H // G, D).permute(0, 2, 3, 1, 4)  # (B, G, H/G, T, D)
+        keys = sum((stop - first) * (end - begin) for begin, end, first, stop in blocks(T, S, window))
+        keep, kept = grad and B * H * keys * q.itemsize <= KEEP_BYTES, []
+        # of the masks, which are drawn again in backward; without values when common/fit.py counts memory
+        seed = int(torch.randint(2**62, ())) if dropout and not isinstance(q, FakeTensor) else 0
+        generator = torch.Generator(q.device).manual_seed(seed)
         for begin, end, first, stop in blocks(T, S, window):
             p = weights_of(q[:, :, begin:end], k[:, first:stop], S - T + begin, first, window, score)
             seen = p[..., :stop - first]  # (B * G, H/G * Q, K), without the sink
-            mask = random_keep(seen, dropout) if dropout else None
-            seen = seen if mask is None else seen * mask
-            y[:, :, begin:end] = torch.bmm(seen, v[:, first:stop]).view(B * G, H // G, end - begin, D)
-            kept += [p, mask] if keep else []
+            if dropout:
+                seen = seen * random_keep(seen, dropout, generator)
+            y[:, :, :, begin:end] = torch.bmm(seen, v[:, first:stop]).view(B, G, H // G, end - begin, D)
+            kept += [p] * keep
         if grad:
             ctx.save_for_backward(q, k, v, y, score, *kept)
-            ctx.window, ctx.dropout, ctx.shapes = window, dropout, ((B, H, T, D), (B, G, S, D))
+            ctx.window, ctx.dropout, ctx.seed = window, dropout, seed
+            ctx.shapes = (B, H, T, D), (B, G, S, D)
             ctx.sink = None if sink is None else sink.dtype
         return y.view(B, H, T, D)
 
@@ -91,18 +98,18 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, dy):
         q, k, v, y, sink, *kept = ctx.saved_tensors
         (B, H, T, D), (_, G, S, _) = ctx.shapes
-        dy = dy.reshape(B * G, H // G, T, D)
-        inner = (dy.float() * y.float()).sum(dim=-1, keepdim=True).to(dy.dtype)  # (B * G, H/G, T, 1)
+        inner = (dy.float() * y.view(dy.shape).float()).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
+        dy, inner = (a.reshape(B * G, H // G, T, -1) for a in (dy, inner.to(dy.dtype)))
+        generator = torch.Generator(q.device).manual_seed(ctx.seed)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))  # summed over blocks in float32
         dsink = None if sink is None else torch.zeros(B, H, device=k.device)
         for i, (begin, end, first, stop) in enumerate(blocks(T, S, ctx.window)):
             qs, d = (a[:, :, begin:end].flatten(1, 2) for a in (q, dy))  # (B * G, H/G * Q, D)
             ks, vs = k[:, first:stop], v[:, first:stop]  # (B * G, K, D)
-            if kept:
-                p, mask = kept[2 * i:2 * i + 2]
-            else:
-                p, mask = weights_of(q[:, :, begin:end], ks, S - T + begin, first, ctx.window, sink), None
+            p = kept[i] if kept else \
+                weights_of(q[:, :, begin:end], ks, S - T + begin, first, ctx.window, sink)
+            mask = random_keep(p[..., :stop - first], ctx.dropout, generator) if ctx.dropout else None
             about = inner[:, :, begin:end].flatten(1, 2)  # (B * G, H/G * Q, 1)
             if sink is not None:  # as dz below, with a value of 0
                 dsink -= (p[..., -1:] * about).float().view(B, H, end - begin).sum(dim=-1)  # (B, H)

@@ -50,6 +50,13 @@ def kept_by_autograd(model, sequences: int, seq_len: int, dtype: str) -> int:
     return sum(s.nbytes() for s in kept.values()) + 2 * 4 * hidden.numel()  # and its gradient, in float32
 
 
+def kept_of(model, seq_len: int, dtype: str) -> tuple[float, float]:
+    """Bytes that autograd keeps per sequence, and besides. Counted where there are many: small tensors are
+    kept although they could be recomputed (layers.keeping_input)."""
+    some, more = (kept_by_autograd(model, n, seq_len, dtype) for n in (256, 512))
+    return (more - some) / 256, 2 * some - more
+
+
 class Needs:
     """The peak memory in bytes of a training step of make_model(cfg), for any number of sequences at once.
     `model` is the model without memory, for counting.
@@ -62,11 +69,11 @@ class Needs:
         length = min(cfg.tbptt or cfg.max_seq_len, cfg.max_seq_len)  # tokens per backward pass
         with fake_tensors():
             self.model = make_model(cfg)
-            one, two = (kept_by_autograd(self.model, n, length, dtype) for n in (1, 2))
+            kept, fixed = kept_of(self.model, length, dtype)
         unseen = {type(m): m.unseen_memory for m in self.model.modules() if hasattr(m, "unseen_memory")}
-        two = one + (two - one) * math.prod(unseen.values())
-        layer = self.layer = (two - one) / self.model.trunk.depth  # of a sequence
-        self.fixed, self.per_sequence = 2 * one - two, two - one + layer  # and one block's gradients
+        kept *= math.prod(unseen.values())
+        layer = self.layer = kept / self.model.trunk.depth  # of a sequence
+        self.fixed, self.per_sequence = fixed, kept + layer  # and one block's gradients
         # each block's input, plus one block recomputed with its gradients and heap fragmentation; repeats of
         # one run measured 1.15 to 1.36 GB (d 256, T 1,024; cause unknown), and this lies between
         if cfg.checkpoint_activations:
@@ -107,10 +114,10 @@ class Reading:
         size = 4 if dtype == "fp32" else 2
         with fake_tensors():
             self.model = make_model(cfg)
-            one, two = (kept_by_autograd(self.model, n, seq_len, dtype) for n in (1, 2))
+            kept, _ = kept_of(self.model, seq_len, dtype)
         self.weights = size * sum(p.numel() for p in self.model.parameters())
         output = size * seq_len * self.model.head.in_features
-        self.per_sequence = (two - one) / self.model.trunk.depth + output
+        self.per_sequence = kept / self.model.trunk.depth + output
 
 
 def states_of(cfg) -> int:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class Spec(NamedTuple):
@@ -58,6 +59,17 @@ class Linear(nn.Linear):
             y = (self.weight * row).sum(-1)  # (out,)
             return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)  # (1, 1, out)
         return super().forward(x)
+
+
+RECOMPUTE_BYTES = 2**22  # smaller inputs are not worth the time
+
+
+def keeping_input(f, x):
+    """f(x), which keeps x alone for backward. There f runs again up to its last matmul, whose output nothing
+    needs; so f should be cheap up to there, as an activation is."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or x.nbytes < RECOMPUTE_BYTES:
+        return f(x)
+    return checkpoint(f, x, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
 
 
 class Embedding(nn.Embedding):

@@ -9,14 +9,15 @@ import subprocess
 import sys
 
 import train
-from common import distributed, fit
+from common import distributed, fit, layers
 from common.config import UserError
 from common.stop import StopRequest
-from model import LM
+from model import LM, ModelConfig
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
 
@@ -249,3 +250,26 @@ def test_a_dry_run_of_a_model_too_large_for_this_machine_allocates_nothing(small
     out = capsys.readouterr().out
     assert "parameters  19,7" in out and "it will not fit" in out
     assert distributed.resident_memory("VmHWM") < before + 1
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"activation": "swiglu", "bias": False}, {"n_experts": 2}, {"proj_rank": 4}, {"dropout": 0.2}])
+def test_a_recomputed_activation_changes_nothing_but_memory(options, monkeypatch):
+    """The same bits, no further matmul, and a feed-forward that keeps one of its wide tensors less."""
+    def step(most: int):
+        monkeypatch.setattr(layers, "RECOMPUTE_BYTES", most)
+        torch.manual_seed(3)
+        model = LM(ModelConfig(vocab_size=61, d_model=32, n_layers=2, max_seq_len=16, **options))
+        x = torch.randint(61, (3, 16))
+        with FlopCounterMode(display=False) as flops:
+            loss = model(x, x)[0]
+            loss.backward()
+        with FakeTensorMode():
+            kept, _ = fit.kept_of(LM(model.cfg), 16, "fp32")
+        return [loss.detach(), *(p.grad for p in model.parameters())], flops.get_total_flops(), kept
+
+    (plain, cost, much), (again, same, less) = step(10**12), step(0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)) and cost == same > 0
+    # swiglu: its gate's activation and the product; experts and low rank have more matmuls, and keep all
+    width = 0 if {"n_experts", "proj_rank"} & {*options} else 4 * 32 * (1 + ("activation" in options))
+    assert much - less == 2 * 16 * 4 * width
