@@ -38,7 +38,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from typing import ClassVar
 
@@ -138,7 +139,9 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
         except ConfigError as e:
             problems += [f"setting '{setting}': {p}" for p in e.problems]
             continue
-        name = file_name(setting.split())
+        name, changes = file_name(setting.split()), under.differences(plain, free=set())
+        problems += [f"setting '{setting}': only the whole sweep can set {c}" for c in changes
+                     if c.split(":")[0] in of_the_sweep(cfg)]
         more, wrong = arms_of(cfg, {f.name: getattr(under, f.name) for f in fields(kind)})
         problems += [f"setting '{setting}': {p}" for p in wrong]
         arms += [replace(a, name=f"{name}_{a.name}", text=f"{a.text}, {setting}", base=f"{name}_base")
@@ -155,10 +158,14 @@ def file_name(words: list[str]) -> str:
     return re.sub(r"[^\w.+-]+", "-", "_".join(parts))
 
 
+def of_the_sweep(cfg: SweepConfig) -> tuple[str, ...]:
+    """The options that no arm may set."""
+    return OF_THE_SWEEP + ("max_steps", "epochs", "train_minutes") * bool(cfg.equal_seconds)
+
+
 def arms_of(cfg: SweepConfig, base: dict) -> tuple[list[Arm], list[str]]:
     """The arms under one setting, `base` first. A grid point that changes nothing is base."""
-    kind, own = cfg.SCRIPT_CONFIG, OF_THE_SWEEP + ("max_steps", "epochs", "train_minutes") * bool(
-        cfg.equal_seconds)
+    kind = cfg.SCRIPT_CONFIG
     axes = [(key, values.split(",")) for key, _, values in (text.partition("=") for text in cfg.grid)]
     points = itertools.product(*([f"{key}={value}" for value in values] for key, values in axes))
     text = " ".join(["base", *(f"{key}={base.get(key.replace('-', '_'))}" for key, _ in axes)])
@@ -171,7 +178,7 @@ def arms_of(cfg: SweepConfig, base: dict) -> tuple[list[Arm], list[str]]:
             problems += [f"arm '{text}': {p}" for p in e.problems]
             continue
         changes = arm.differences(base, free=set())
-        wrong, name = [c for c in changes if c.split(":")[0] in own], file_name(words)
+        wrong, name = [c for c in changes if c.split(":")[0] in of_the_sweep(cfg)], file_name(words)
         if wrong:
             problems.append(f"arm '{text}': only the whole sweep can set {', '.join(wrong)}")
         elif not changes and text in cfg.arm:
@@ -195,28 +202,36 @@ def seconds_per_step(cfg: RunConfig) -> float:
         return importlib.import_module("train").main(cfg)["step_seconds"]
 
 
+def fixed_options(cfg: RunConfig) -> dict:
+    return {k: v for k, v in asdict(cfg).items() if k not in cfg.may_change()}
+
+
 def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
     """Give each arm as many steps as take cfg.equal_seconds: its step is timed alone, in a process of its
     own, in three turns of all arms. steps.json keeps the times. A dry run times nothing."""
     path, known = os.path.join(folder, "steps.json"), {}
     if os.path.exists(path) and not cfg.overwrite:
         known = read_json(path)
-    todo = [] if cfg.dry_run else [a for a in arms if a.name not in known]
+    keys = {a.name: f"{a.name} {digest(fixed_options(a.cfg))}" for a in arms}
+    todo = [] if cfg.dry_run else [a for a in arms if keys[a.name] not in known]
     times, threads = {a.name: [] for a in todo}, max(1, torch.get_num_threads() // cfg.jobs)
     bar = tqdm(total=3 * len(todo), unit="arm", desc="timing steps", disable=not sys.stderr.isatty())
     for turn in range(3):
         for arm in todo[::-1 if turn % 2 else 1]:
             trial = replace(arm.cfg, dry_run=True, train_minutes=cfg.equal_seconds / 60)
             with ProcessPoolExecutor(1, get_context("spawn"), for_timing, (threads,)) as pool:
-                times[arm.name].append(pool.submit(seconds_per_step, trial).result())
+                try:
+                    times[arm.name].append(pool.submit(seconds_per_step, trial).result())
+                except BrokenProcessPool:
+                    raise UserError(f"{arm.text}: the process that timed it died; out of memory?") from None
             bar.update()
     bar.close()
     if todo:
         make_folder(folder)
-        known |= {name: statistics.median(values) for name, values in times.items()}
+        known |= {keys[name]: statistics.median(values) for name, values in times.items()}
         write_json(path, known)
-    for arm in (a for a in arms if a.name in known):
-        steps = max(1, round(cfg.equal_seconds / known[arm.name]))
+    for arm in (a for a in arms if keys[a.name] in known):
+        steps = max(1, round(cfg.equal_seconds / known[keys[arm.name]]))
         arm.cfg, arm.cfg.given = replace(arm.cfg, max_steps=steps, epochs=0.0), arm.cfg.given
 
 

@@ -55,6 +55,13 @@ def weights_of(q, k, position: int, first: int, window: int, sink=None):
     return z.softmax(dim=-1).flatten(1, 2)  # (B * G, H/G * Q, K)
 
 
+def random_state(device):
+    """The state of the device's default generator, to start another one from."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.mps.get_rng_state()
+
+
 def random_keep(x, dropout: float, generator):
     """A dropout mask for x: each element 1 / (1 - dropout), or 0 with probability `dropout`. From 16 random
     bits per element; bernoulli_ takes five times as long on a CPU."""
@@ -76,19 +83,18 @@ class BlockAttention(torch.autograd.Function):
         y = q.new_empty(B, T, G, H // G, D).permute(0, 2, 3, 1, 4)  # (B, G, H/G, T, D)
         keys = sum((stop - first) * (end - begin) for begin, end, first, stop in blocks(T, S, window))
         keep, kept = grad and B * H * keys * q.itemsize <= KEEP_BYTES, []
-        # of the masks, which are drawn again in backward; without values when common/fit.py counts memory
-        seed = int(torch.randint(2**62, ())) if dropout and not isinstance(q, FakeTensor) else 0
-        generator = torch.Generator(q.device).manual_seed(seed)
+        # backward draws the masks again, from here; there are none when common/fit.py counts memory
+        start = random_state(q.device) if dropout and grad and not isinstance(q, FakeTensor) else None
         for begin, end, first, stop in blocks(T, S, window):
             p = weights_of(q[:, :, begin:end], k[:, first:stop], S - T + begin, first, window, score)
             seen = p[..., :stop - first]  # (B * G, H/G * Q, K), without the sink
             if dropout:
-                seen = seen * random_keep(seen, dropout, generator)
+                seen = seen * random_keep(seen, dropout, None)
             y[:, :, :, begin:end] = torch.bmm(seen, v[:, first:stop]).view(B, G, H // G, end - begin, D)
             kept += [p] * keep
         if grad:
             ctx.save_for_backward(q, k, v, y, score, *kept)
-            ctx.window, ctx.dropout, ctx.seed = window, dropout, seed
+            ctx.window, ctx.dropout, ctx.start = window, dropout, start
             ctx.shapes = (B, H, T, D), (B, G, S, D)
             ctx.sink = None if sink is None else sink.dtype
         return y.view(B, H, T, D)
@@ -100,7 +106,9 @@ class BlockAttention(torch.autograd.Function):
         (B, H, T, D), (_, G, S, _) = ctx.shapes
         inner = (dy.float() * y.view(dy.shape).float()).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
         dy, inner = (a.reshape(B * G, H // G, T, -1) for a in (dy, inner.to(dy.dtype)))
-        generator = torch.Generator(q.device).manual_seed(ctx.seed)
+        generator = torch.Generator(q.device)
+        if ctx.start is not None:
+            generator.set_state(ctx.start)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))  # summed over blocks in float32
         dsink = None if sink is None else torch.zeros(B, H, device=k.device)

@@ -271,7 +271,7 @@ def test_every_config_loads_and_says_what_it_asks(path):
              "steer": optimizer_probe.SteerConfig, "rates": optimizer_probe.SteerConfig,
              "exp9": distill.DistillConfig, "exp10": distill.DistillConfig}
     cls = kinds.get(path.stem.split("_")[0], train.TrainConfig)
-    if path.stem.startswith("sweep"):
+    if path.stem.startswith(("sweep", "recipe")):
         cls = sweep.chosen_config([str(path)])
     assert load(cls, [str(path)]).name == path.stem
     head = path.read_text().splitlines()[:4]

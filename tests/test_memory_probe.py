@@ -103,7 +103,7 @@ def test_plain_sgd_jumps_exactly_one_step_after_the_exposure(place, monkeypatch)
     steps, effects = effects_of(place, cfg)
     curve = effects[1].mean(axis=0)
     assert (curve[:cfg.lead + 1] == 0).all() and curve[cfg.lead + 1] > 0.02
-    assert np.argmax(curve) == cfg.lead + 1, curve
+    assert np.argmax(np.diff(curve)) == cfg.lead, curve  # in one jump; later steps drift
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -517,7 +517,7 @@ def test_contradictions_are_refused(small, options, message):
         small(**options)
 
 
-OTHERS = ("probe", "loop", "steer", "rates", "sweep", "exp9", "exp10")  # configs of other scripts
+OTHERS = ("probe", "loop", "steer", "rates", "sweep", "recipe", "exp9", "exp10")  # configs of other scripts
 MINE = sorted(p for p in Path("config").glob("[a-z]*.py") if not p.stem.startswith(OTHERS))
 
 
