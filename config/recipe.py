@@ -1,7 +1,7 @@
 # Question: which parts of the speedrun's recipe earn their place at equal training time?
 #   python prepare_data.py shakespeare --tokenizer=bpe:8192 --name=shakespeare_bpe8192
 #   python prepare_data.py gutenberg --tokenizer=bpe:8192 --max_tokens=20e6
-#   python sweep.py config/recipe.py --dry_run                 # 120 runs of eight minutes, two at a time: a night
+#   python sweep.py config/recipe.py --dry_run                 # 120 runs of eight minutes: a night
 #   python sweep.py config/recipe.py --setting= --seeds=2      # a part of it
 # Base: config/speedrun.py. Each arm takes one part away or tries one more. Shakespeare is read several times,
 # the other text once; twice the width is the second size. Results in out/recipe_sweep/table.md.
