@@ -131,18 +131,18 @@ class Run:
 def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
     """The arms, each setting's base first, and what is wrong with them."""
     kind = cfg.SCRIPT_CONFIG
-    plain = {f.name: getattr(cfg, f.name) for f in fields(kind)}
+    plain = options_of(cfg, kind)
     arms, problems = arms_of(cfg, plain)
     for setting in filter(None, cfg.setting):
         try:
-            under = load(kind, [w if w.endswith(".py") else f"--{w}" for w in setting.split()], plain)
+            under = load(kind, as_arguments(setting.split()), plain)
         except ConfigError as e:
             problems += [f"setting '{setting}': {p}" for p in e.problems]
             continue
         name, changes = file_name(setting.split()), under.differences(plain, free=set())
         problems += [f"setting '{setting}': only the whole sweep can set {c}" for c in changes
                      if c.split(":")[0] in of_the_sweep(cfg)]
-        more, wrong = arms_of(cfg, {f.name: getattr(under, f.name) for f in fields(kind)})
+        more, wrong = arms_of(cfg, options_of(under, kind))
         problems += [f"setting '{setting}': {p}" for p in wrong]
         arms += [replace(a, name=f"{name}_{a.name}", text=f"{a.text}, {setting}", base=f"{name}_base")
                  for a in more]
@@ -151,6 +151,15 @@ def make_arms(cfg: SweepConfig) -> tuple[list[Arm], list[str]]:
     for arm in arms:  # a typed default may contradict init_from as well
         arm.cfg.given |= cfg.given
     return arms, problems
+
+
+def options_of(cfg: Config, kind: type) -> dict:
+    return {f.name: getattr(cfg, f.name) for f in fields(kind)}
+
+
+def as_arguments(words: list[str]) -> list[str]:
+    """The words of an arm or setting as typed on a command line: config files and flags."""
+    return [w if w.endswith(".py") else f"--{w}" for w in words]
 
 
 def file_name(words: list[str]) -> str:
@@ -173,7 +182,7 @@ def arms_of(cfg: SweepConfig, base: dict) -> tuple[list[Arm], list[str]]:
     for text in [*filter(None, map(" ".join, points)), *cfg.arm]:
         words = text.split()
         try:
-            arm = load(kind, [w if w.endswith(".py") else f"--{w}" for w in words], base)
+            arm = load(kind, as_arguments(words), base)
         except ConfigError as e:
             problems += [f"arm '{text}': {p}" for p in e.problems]
             continue
@@ -190,6 +199,11 @@ def arms_of(cfg: SweepConfig, base: dict) -> tuple[list[Arm], list[str]]:
     if cfg.metric == "loss" and any(a.cfg.data != base["data"] for a in arms):
         problems.append("losses per token do not compare between data folders: use --metric=bits_per_byte")
     return arms, problems
+
+
+def threads_of(cfg: SweepConfig) -> int:
+    """Threads of each run, so that cfg.jobs of them share the cores."""
+    return max(1, torch.get_num_threads() // cfg.jobs)
 
 
 def for_timing(threads: int) -> None:
@@ -214,12 +228,12 @@ def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
         known = read_json(path)
     keys = {a.name: f"{a.name} {digest(fixed_options(a.cfg))}" for a in arms}
     todo = [] if cfg.dry_run else [a for a in arms if keys[a.name] not in known]
-    times, threads = {a.name: [] for a in todo}, max(1, torch.get_num_threads() // cfg.jobs)
+    times = {a.name: [] for a in todo}
     bar = tqdm(total=3 * len(todo), unit="arm", desc="timing steps", disable=not sys.stderr.isatty())
     for turn in range(3):
         for arm in todo[::-1 if turn % 2 else 1]:
             trial = replace(arm.cfg, dry_run=True, train_minutes=cfg.equal_seconds / 60)
-            with ProcessPoolExecutor(1, get_context("spawn"), for_timing, (threads,)) as pool:
+            with ProcessPoolExecutor(1, get_context("spawn"), for_timing, (threads_of(cfg),)) as pool:
                 try:
                     times[arm.name].append(pool.submit(seconds_per_step, trial).result())
                 except BrokenProcessPool:
@@ -267,7 +281,7 @@ def start(cfg: SweepConfig, run: Run, folder: str, slot: int) -> subprocess.Pope
     script, config = os.path.join(HERE, f"{cfg.script}.py"), os.path.join(folder, f"{run.arm.name}.py")
     command = [sys.executable, script, config, f"--seed={run.seed}", f"--name={run.name}",
                *["--overwrite"] * cfg.overwrite]
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // cfg.jobs))}
+    env = os.environ | {"OMP_NUM_THREADS": str(threads_of(cfg))}
     gpus = torch.cuda.device_count()
     if cfg.jobs > 1 and gpus > 1:
         visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))

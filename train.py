@@ -163,7 +163,8 @@ def samples_of(cfg: TrainConfig, text: Text) -> Windows | ChatRows | Mixed:
 # Plan: what the run will be, in numbers
 
 
-def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: float, began=0, fitting=0):
+def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: float, began=0,
+             fitting=0) -> Plan:
     """Of a run that is resumed: it `began` with this micro-batch, and so many steps are `fitting` into its
     train_minutes."""
     dtype, why = distributed.choose_dtype(cfg.dtype, dist.device)
@@ -196,11 +197,7 @@ def plan_run(cfg: TrainConfig, dist, text: Text | None, needs: fit.Needs, room: 
 def step_seconds(cfg: TrainConfig, plan: Plan, text: Text, dist) -> float:
     """Seconds of an optimiser step here, the slowest process's, on a model that is then thrown away: the
     median over five seconds, or over a tenth of train_minutes."""
-    model = make_model(cfg).to(dist.device)
-    model.trunk.checkpoint_activations = cfg.checkpoint_activations
-    model.head_sampler = head_sampler(cfg, text, dist)
-    optimizer = make_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=plan.dtype == "fp16")
+    model, optimizer, scaler = make_all(cfg, plan, text, dist)
     net, windows, times, count = wrap(model, plan.compiled, dist), samples_of(cfg, text), [], 4
     while len(times) < count:
         began, step = time.perf_counter(), len(times)
@@ -212,6 +209,15 @@ def step_seconds(cfg: TrainConfig, plan: Plan, text: Text, dist) -> float:
         if len(times) == 4:  # the first ones are slower
             count = 4 + min(500, max(9, round(min(5, 6 * cfg.train_minutes) / times[-1])))
     return statistics.median(times[4:])
+
+
+def make_all(cfg: TrainConfig, plan: Plan, text: Text, dist, source: dict | None = None):
+    """(model, optimizer, scaler) on the device, as a run begins."""
+    model = make_model(cfg, source).to(dist.device)
+    model.trunk.checkpoint_activations = cfg.checkpoint_activations
+    model.head_sampler = head_sampler(cfg, text, dist)
+    return model, make_optimizer(model, cfg), torch.amp.GradScaler(dist.device.type,
+                                                                   enabled=plan.dtype == "fp16")
 
 
 def head_sampler(cfg: TrainConfig, text: Text, dist) -> HeadSampler | None:
@@ -447,14 +453,10 @@ def main(cfg: TrainConfig) -> dict:
 
 def begin(cfg: TrainConfig, plan: Plan, text: Text, run: Run, saved: dict | None):
     """(model, optimizer, scaler, progress), new or as saved."""
-    device, progress = run.dist.device, Progress()
+    progress = Progress()
     torch.manual_seed(cfg.seed)
     source = checkpoint.load(cfg.init_from, mmap=True) if cfg.init_from and not saved else None
-    model = make_model(cfg, source).to(device)
-    model.trunk.checkpoint_activations = cfg.checkpoint_activations
-    model.head_sampler = head_sampler(cfg, text, run.dist)
-    optimizer = make_optimizer(model, cfg)
-    scaler = torch.amp.GradScaler(device.type, enabled=plan.dtype == "fp16")
+    model, optimizer, scaler = make_all(cfg, plan, text, run.dist, source)
     if saved:
         run.restore(saved, model, optimizer, scaler)
         names = [f.name for f in fields(Progress)]

@@ -106,9 +106,7 @@ class BlockAttention(torch.autograd.Function):
         (B, H, T, D), (_, G, S, _) = ctx.shapes
         inner = (dy.float() * y.view(dy.shape).float()).sum(dim=-1, keepdim=True)  # (B, H, T, 1)
         dy, inner = (a.reshape(B * G, H // G, T, -1) for a in (dy, inner.to(dy.dtype)))
-        generator = torch.Generator(q.device)
-        if ctx.start is not None:
-            generator.set_state(ctx.start)
+        generator = torch.Generator(q.device).set_state(ctx.start) if ctx.dropout else None
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(k.shape, device=k.device) for _ in range(2))  # summed over blocks in float32
         dsink = None if sink is None else torch.zeros(B, H, device=k.device)

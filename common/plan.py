@@ -11,7 +11,9 @@ from common.config import Config, UserError
 class PlanConfig(Config):
     MAY_CHANGE = {"checkpoint_activations", "memory_gb", "micro_batch_size", "max_minutes", "prompts",
                   "sample_tokens", "log_interval", "save_minutes"}
-    train_minutes: ClassVar[float] = 0.0  # an option of the scripts that can measure their steps
+    # options of the scripts that have them
+    train_minutes: ClassVar[float] = 0.0
+    head_samples: ClassVar[int] = 0
     # length: whichever ends first
     epochs: float = -1.0  # passes over the training samples; 0 = no limit; -1 = 1, or no limit with max_steps
     max_steps: int = 0  # optimiser steps; 0 = no limit
@@ -104,5 +106,7 @@ def choose_micro_batch(cfg, needs: fit.Needs, dist, room: float, began: int) -> 
         return micro, ""
     why = "as asked" if cfg.micro_batch_size else \
         f"{began} no longer fit" if splits else f"{began} do not divide among {dist.world} processes"
-    effect = "dropout draws other masks from here on" if cfg.dropout else "losses agree only up to rounding"
+    drawn = ["dropout draws other masks"] * bool(cfg.dropout) + ["head_samples other tokens"] * bool(
+        cfg.head_samples)
+    effect = f"{', '.join(drawn)} from here on" if drawn else "losses agree only up to rounding"
     return micro, f"note        micro-batch {began} at the start of the run, now {micro}: {why}; {effect}"

@@ -97,13 +97,13 @@ def test_plain_sgd_jumps_exactly_one_step_after_the_exposure(place, monkeypatch)
     monkeypatch.setattr(memory_probe, "schedule", one_step_plan)
     monkeypatch.setattr(memory_probe, "probe_steps", lambda cfg,
                         plan: {s: False for s in range(cfg.lead + 6)})
-    cfg = config(place, name="sgd", optimizer="sgd", beta1=0.0, lr=0.02, grad_clip=0.0, seeds=1,
-                 chaos_seeds=0)
+    cfg = config(place, name="sgd", optimizer="sgd", beta1=0.0, lr=0.1, grad_clip=0.0, seeds=1,
+                 chaos_seeds=0)  # at 0.02 the drift of later steps could hide the peak, by rounding
     main(cfg)
     steps, effects = effects_of(place, cfg)
     curve = effects[1].mean(axis=0)
     assert (curve[:cfg.lead + 1] == 0).all() and curve[cfg.lead + 1] > 0.02
-    assert np.argmax(np.diff(curve)) == cfg.lead, curve  # in one jump; later steps drift
+    assert np.argmax(curve) == cfg.lead + 1, curve
 
 
 # ------------------------------------------------------------------------------------------------------------
