@@ -44,9 +44,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, NamedTuple
 
 from common import corpus, tokenizer
-from common.chat import ChatFormat, Turns, for_chat
+from common.chat import ChatFormat, Turns, answer_tokens, for_chat
 from common.config import Config, UserError, launch
-from common.conversations import answer_tokens
 from common.files import make_folder, write_json
 from common.rows import dialogue_of, text_of
 from common.splits import Part, Piece, assign, assign_dialogues, cut_files, hold_out, split_of

@@ -12,6 +12,8 @@ head size, Q queries of a block, K keys they may see
 """
 import math
 
+from common.layers import not_compiled
+
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,7 +22,7 @@ BLOCK = 128  # queries: 64 to 256 differ little
 KEEP_BYTES = 2**22  # of weights in one call; larger ones are recomputed in backward instead of kept
 
 
-@torch.compiler.disable  # the loop over blocks is too long to unroll
+@not_compiled  # the loop over blocks is too long to unroll
 def block_attention(q, k, v, window: int = 0, dropout: float = 0.0, sink=None):
     """Softmax attention of q (B, H, T, D) to k and v (B, G, S, D); each query sees itself and the tokens
     before it, at most `window` in all (0 = no limit). `sink` (H,): the score of an extra key whose value is

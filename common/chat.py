@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from common.config import UserError
 from common.tokenizer import Chat, Tokenizer, need, with_chat_tokens
 
+import numpy as np
+
 Turns = list[tuple[str, str]]  # (role, text)
 MARK = "qxzq"  # stands for a text when a template is taken apart
 
@@ -136,3 +138,22 @@ def render(template: dict, *roles: str, answer: bool = False) -> list[str]:
 
 def refuse(message: str):
     raise ValueError(message)
+
+
+def find(ids, pattern: list[int]) -> np.ndarray:
+    """Where `pattern` begins in ids (N,), in order."""
+    hits = np.flatnonzero(ids[:max(0, len(ids) - len(pattern) + 1)] == pattern[0])
+    for i, token in enumerate(pattern):
+        hits = hits[ids[hits + i] == token]
+    return hits
+
+
+def answer_tokens(ids, form: ChatFormat) -> np.ndarray:
+    """(N,) bool: what the model is to say itself, an answer's text and the token that ends it."""
+    begins = find(ids, form.opens["assistant"]) + len(form.opens["assistant"])
+    stops = np.append(np.flatnonzero(ids == form.stop), len(ids) - 1)  # the last one may be cut off
+    begins = begins[begins < len(ids)]
+    change = np.zeros(len(ids) + 1, dtype=np.int8)
+    change[begins] = 1
+    np.add.at(change, stops[np.searchsorted(stops, begins)] + 1, -1)
+    return change[:-1].cumsum(dtype=np.int8) > 0

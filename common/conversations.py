@@ -10,31 +10,12 @@ Shapes: N tokens of a split, R rows, B sequences, T tokens of a row
 """
 import itertools
 
-from common.chat import ChatFormat
+from common.chat import ChatFormat, answer_tokens, find
 
 import numpy as np
 import torch
 
 GROUP, POOL = 64, 4096  # rows of similar length that follow each other; rows among which lengths are sorted
-
-
-def find(ids, pattern: list[int]) -> np.ndarray:
-    """Where `pattern` begins in ids (N,), in order."""
-    hits = np.flatnonzero(ids[:max(0, len(ids) - len(pattern) + 1)] == pattern[0])
-    for i, token in enumerate(pattern):
-        hits = hits[ids[hits + i] == token]
-    return hits
-
-
-def answer_tokens(ids, form: ChatFormat) -> np.ndarray:
-    """(N,) bool: what the model is to say itself, an answer's text and the token that ends it."""
-    begins = find(ids, form.opens["assistant"]) + len(form.opens["assistant"])
-    stops = np.append(np.flatnonzero(ids == form.stop), len(ids) - 1)  # the last one may be cut off
-    begins = begins[begins < len(ids)]
-    change = np.zeros(len(ids) + 1, dtype=np.int8)
-    change[begins] = 1
-    np.add.at(change, stops[np.searchsorted(stops, begins)] + 1, -1)
-    return change[:-1].cumsum(dtype=np.int8) > 0
 
 
 class Chats:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from common.head_loss import chunked_loss
+from common.layers import not_compiled
 
 import torch
 
@@ -68,7 +69,7 @@ def cached_loss(x, weight, bias, targets, cached, mix: Mix):
     return mean(x, weight, bias, partial(cached_rows, mix), *given)
 
 
-@torch.compiler.disable  # the number of rows depends on the data
+@not_compiled  # the number of rows depends on the data
 def drop_masked(targets, *tensors) -> list:
     """The rows of the tensors (N, ...) whose target counts; no copy if all do."""
     counts = targets >= 0

@@ -9,6 +9,8 @@ scalar, so backward only scales them (the idea of Liger-Kernel, 2410.10989).
 
 Shapes: N tokens, R tokens of a chunk, C width, V vocabulary
 """
+from common.layers import not_compiled
+
 import torch
 
 CHUNK_BYTES = 2**27  # of logits: large enough to hide the cost of accumulating the (V, C) gradient
@@ -57,7 +59,7 @@ def chunked_loss(x, weight, bias, row_weights, row_loss, *row_args, others=(), l
                            columns)
 
 
-@torch.compiler.disable  # its loop would be unrolled for no gain
+@not_compiled  # its loop would be unrolled for no gain
 def sum_over_chunks(grad: bool, *args):
     return ChunkedLoss.apply(grad, *args)
 

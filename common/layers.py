@@ -24,6 +24,10 @@ class Spec(NamedTuple):
     maps: tuple[int, ...] = ()  # rows of each map in this matrix, orthogonalised separately; () = one map
 
 
+# what torch.compile is to call as it is: torch.compiler.disable, but that imports the compiler at once, which
+# is half of a script's start; this one does at the first call
+not_compiled = torch._disable_dynamo
+
 ZEROS, ONES = Spec(torch.Tensor.zero_), Spec(lambda p: p.fill_(1.0))
 
 
@@ -129,7 +133,7 @@ def share(ours: nn.Module, theirs: nn.Module, own=()) -> None:
             setattr(ours.get_submodule(path), last, p)
 
 
-@torch.compiler.disable  # it would recompile for each number of rows
+@not_compiled  # it would recompile for each number of rows
 def by_expert(pool, x, expert, n_experts: int):
     """pool's output (N, out) for each row of x (N, in) by its expert (N,), all rows of an expert at once."""
     order = expert.argsort(stable=True)

@@ -13,6 +13,8 @@ Shapes: B batch, T tokens, H hidden width, K context width, L layers
 import itertools
 import math
 
+from common.layers import not_compiled
+
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor
@@ -64,7 +66,7 @@ def graphed(loop, tensors: list) -> list:
 # The gated context vector
 
 
-@torch.compiler.disable  # unrolled, it takes minutes to compile
+@not_compiled  # unrolled, it takes minutes to compile
 def gated_loop(x, c, w_context, w_gates, b_gates, w_norm, b_norm, *layers):
     """x (T, B, H): the first layer's output from the tokens alone, bias included; c (B, K): the context
     before them; layers: w, b, w, b, ... of the other layers. Returns the last layer's outputs (T, B, H) and
@@ -225,7 +227,7 @@ def reversed_scan_loop(tensors) -> list:
 
 class LinearScan(torch.autograd.Function):
     @staticmethod
-    @torch.compiler.disable
+    @not_compiled
     def forward(ctx, f, b, c):
         y, = graphed(scan_loop, [f, b.clone(), c])  # (B, T, K)
         ctx.save_for_backward(f, y, c)

@@ -11,6 +11,8 @@ here the targets of the other rows are candidates too). Evaluation is always ove
 
 Shapes: N targets, V vocabulary, S candidates, C width
 """
+from common.layers import not_compiled
+
 import numpy as np
 import torch
 
@@ -31,7 +33,7 @@ class HeadSampler:
         share = torch.tensor(counts / max(1, counts.sum()))
         self.log_absent = torch.log1p(-share.clamp(max=1 - 1e-9)).to(torch.float32).to(device)  # (V,)
 
-    @torch.compiler.disable  # how many targets differ is data
+    @not_compiled  # how many targets differ is data
     def __call__(self, weight, bias, targets):
         candidates, log_p, places = self.draw(targets)
         bias = 0.0 if bias is None else bias.index_select(0, candidates)

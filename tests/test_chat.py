@@ -188,7 +188,7 @@ def test_answers_are_found_token_by_token(folders, kind):
     for split in ("train", "val"):
         chats = opened(folders[kind], split)
         expected = answers_by_hand(chats.ids, chats.form, chats.eot)
-        assert conversations.answer_tokens(np.asarray(chats.ids), chats.form).tolist() == expected
+        assert chat.answer_tokens(np.asarray(chats.ids), chats.form).tolist() == expected
         assert sum(expected) == data.read_meta(folders[kind])["splits"][split]["answer_tokens"] > 50
 
 
@@ -197,7 +197,7 @@ def test_answers_are_found_token_by_token(folders, kind):
 def test_rows_hold_one_conversation_and_each_answer_token_once(folders, kind, seq_len):
     chats = opened(folders[kind])
     ids = np.asarray(chats.ids)
-    counted = conversations.answer_tokens(ids, chats.form)
+    counted = chat.answer_tokens(ids, chats.form)
     talk = (ids == chats.eot).cumsum()  # the number of the conversation of each token
     seen = np.zeros(len(ids), dtype=int)
     for a, b, c, d in chats.rows(seq_len):

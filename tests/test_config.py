@@ -152,6 +152,15 @@ def test_help_names_every_option_with_default_and_comment(script, cls):
     assert text.startswith(inspect.getdoc(sys.modules[cls.__module__])[:40]) and f"python {script}" in text
 
 
+def test_starting_a_script_imports_neither_the_compiler_nor_torch_without_need():
+    """Each takes as long to import as the rest of the start."""
+    code = ("import sys, prepare_data; assert 'torch' not in sys.modules; import "
+            + ", ".join(script.removesuffix(".py") for script in SCRIPTS)
+            + "; assert 'torch' in sys.modules and 'torch._dynamo' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def reads(source: str, classes: set[str], configs=("cfg", "self.cfg")) -> set[str]:
     """Names that `source` reads: as cfg.NAME, getattr(cfg, "NAME") or, in the config `classes`, self.NAME.
     problems() and the like do not count, as reading an option there has no effect on the run."""
