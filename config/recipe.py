@@ -1,7 +1,7 @@
 # Question: which parts of the speedrun's recipe earn their place at equal training time?
 #   python prepare_data.py shakespeare --tokenizer=bpe:8192 --name=shakespeare_bpe8192
 #   python prepare_data.py gutenberg --tokenizer=bpe:8192 --max_tokens=20e6
-#   python sweep.py config/recipe.py --dry_run                 # 120 runs of eight minutes: a night
+#   python sweep.py config/recipe.py --dry_run                 # 156 runs of eight minutes: a night
 #   python sweep.py config/recipe.py --setting= --seeds=2      # a part of it
 # Base: config/speedrun.py. Each arm takes one part away or tries one more. Shakespeare is read several times,
 # the other text once; twice the width is the second size. Results in out/recipe_sweep/table.md.
@@ -15,5 +15,6 @@ eval_interval = 10000
 prompts = ()
 setting = ("data=data/gutenberg", "d_model=256 n_heads=4 d_ff=768",
            "data=data/gutenberg d_model=256 n_heads=4 d_ff=768")
-arm = ("head_samples=0", "embed_lr=1e-2", "norm=rmsnorm", "optimizer=adamw embed_lr=4e-3 lr=4e-3",
-       "qk_norm=false", "zero_init=false", "short_conv=3", "batch_size=4", "schedule=cosine")
+arm = ("tie_embeddings=true embed_lr=2e-2 head_lr=0", "head_samples=0", "beta2=0.95", "decay_fraction=0.4",
+       "norm=rmsnorm", "optimizer=adamw lr=4e-3", "muon_lr=0.012", "qk_norm=false", "zero_init=false",
+       "short_conv=3", "batch_size=4", "dropout=0.1")
