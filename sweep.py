@@ -246,7 +246,8 @@ def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
         write_json(path, known)
     for arm in (a for a in arms if keys[a.name] in known):
         steps = max(1, round(cfg.equal_seconds / known[keys[arm.name]]))
-        arm.cfg, arm.cfg.given = replace(arm.cfg, max_steps=steps, epochs=0.0), arm.cfg.given
+        timed = replace(arm.cfg, max_steps=steps, epochs=0.0, train_minutes=0.0)
+        arm.cfg, timed.given = timed, arm.cfg.given
 
 
 def look_up(run: Run, out_dir: str) -> list[str]:

@@ -82,7 +82,8 @@ def test_command_parses(path, command):
 # The commands run
 
 SMALLER = {  # flags that make them cheap; the last one given counts
-    "train.py": ["--batch_size=2", "--max_seq_len=16", "--epochs=0", "--max_steps=2", "--device=cpu"],
+    "train.py": ["--batch_size=2", "--max_seq_len=16", "--epochs=0", "--max_steps=2", "--train_minutes=0",
+                 "--device=cpu"],
     "distill.py": ["--batch_size=2", "--max_seq_len=16", "--epochs=0", "--max_steps=2", "--device=cpu"],
     "sample.py": ["--max_new_tokens=3", "--write_tokens=300", "--device=cpu"],
     "quantize.py": ["--speed_tokens=0", "--device=cpu"],
