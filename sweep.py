@@ -36,6 +36,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -244,9 +245,11 @@ def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
         make_folder(folder)
         known |= {keys[name]: statistics.median(values) for name, values in times.items()}
         write_json(path, known)
-    for arm in (a for a in arms if keys[a.name] in known):
-        steps = max(1, round(cfg.equal_seconds / known[keys[arm.name]]))
-        timed = replace(arm.cfg, max_steps=steps, epochs=0.0, train_minutes=0.0)
+    for arm in arms:
+        steps, minutes = 0, cfg.equal_seconds / 60  # of a dry run
+        if seconds := known.get(keys[arm.name]):
+            steps, minutes = max(1, round(cfg.equal_seconds / seconds)), 0.0
+        timed = replace(arm.cfg, max_steps=steps, epochs=0.0, train_minutes=minutes)
         arm.cfg, timed.given = timed, arm.cfg.given
 
 
@@ -439,7 +442,9 @@ def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> N
     key = cfg.grid[0].split("=")[0].replace("-", "_") if len(cfg.grid) == 1 and not cfg.arm else ""
     curve = key and type(getattr(cfg, key)) in (int, float)
     done = [(a, r) for a, r in zip(arms, results, strict=True) if r["scores" if curve else "differences"]]
-    axes = new_figure(7, 4.2 if curve else 1.4 + 0.4 * len(done)).subplots()
+    labels = [textwrap.fill(a.text, 40) for a, _ in done]
+    height = 1.4 + sum(0.25 + 0.15 * len(label.splitlines()) for label in labels)
+    axes = new_figure(7, 4.2 if curve else height).subplots()
     if curve:
         done.sort(key=lambda pair: getattr(pair[0].cfg, key))
         xs = [getattr(a.cfg, key) for a, _ in done]
@@ -454,7 +459,7 @@ def draw(cfg: SweepConfig, arms: list[Arm], results: list[dict], path: str) -> N
         axes.errorbar([r["difference"] for _, r in done], range(len(done)), xerr=halves, fmt="|", color="C0",
                       markersize=12)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(done)), [a.text for a, _ in done])
+        axes.set_yticks(range(len(done)), labels)
         axes.set(xlabel=f"{cfg.metric}, difference to base with 95 % interval", ylim=(len(done) - 0.5, -0.5))
     axes.plot(*zip(*dots, strict=True), "o", color="C1", markersize=4, alpha=0.7)
     axes.set_title(cfg.name)
@@ -496,7 +501,9 @@ def main(cfg: SweepConfig) -> dict:
         raise UserError(f"{cfg.out_dir} holds runs of these names with other settings (there -> here)"
                         f"{''.join(stale)}\nnothing was run; use another --name, or delete them: --overwrite")
     for arm in arms:
-        steps = f"{arm.cfg.max_steps:,} steps; " if cfg.equal_seconds and arm.cfg.max_steps else ""
+        steps = ""
+        if cfg.equal_seconds:
+            steps = f"{arm.cfg.max_steps:,} steps; " if arm.cfg.max_steps else "steps not timed yet; "
         say(f"{arm.text:<30} {steps}{', '.join(arm.changes)}".rstrip("; "))
     todo = [r.name for r in runs if not r.row]
     say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {len(runs) - len(todo)} already done; "

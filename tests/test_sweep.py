@@ -363,6 +363,14 @@ def test_unequal_tokens_and_code_are_reported():
     assert "unequal numbers of tokens: 5 to 7" in text and "different versions of the code: abc, def" in text
 
 
+@pytest.mark.filterwarnings("error:constrained_layout")
+def test_a_long_arm_leaves_room_for_its_plot(tmp_path):
+    cfg, arms, runs = made({"base": [1.0, 2.0], "config/speedrun.py " + 9 * "data=data/books ": [0.9, 1.9]})
+    cfg = dataclasses.replace(cfg, grid=(), arm=("lr=1",))
+    sweep.draw(cfg, arms, sweep.compare(cfg, arms, runs), str(tmp_path / "sweep.png"))
+    assert (tmp_path / "sweep.png").exists()
+
+
 def test_jobs_share_threads_and_gpus(monkeypatch, tmp_path):
     started = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, env, **_: started.append(env))
