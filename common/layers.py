@@ -24,8 +24,8 @@ class Spec(NamedTuple):
     maps: tuple[int, ...] = ()  # rows of each map in this matrix, orthogonalised separately; () = one map
 
 
-# what torch.compile is to call as it is: torch.compiler.disable, but that imports the compiler at once, which
-# is half of a script's start; this one does at the first call
+# Like torch.compiler.disable, but that imports the compiler at once, which is half of a script's start. This
+# one imports it when the function is first called.
 not_compiled = torch._disable_dynamo
 
 ZEROS, ONES = Spec(torch.Tensor.zero_), Spec(lambda p: p.fill_(1.0))
