@@ -501,10 +501,8 @@ def main(cfg: SweepConfig) -> dict:
         raise UserError(f"{cfg.out_dir} holds runs of these names with other settings (there -> here)"
                         f"{''.join(stale)}\nnothing was run; use another --name, or delete them: --overwrite")
     for arm in arms:
-        steps = ""
-        if cfg.equal_seconds:
-            steps = f"{arm.cfg.max_steps:,} steps; " if arm.cfg.max_steps else "steps not timed yet; "
-        say(f"{arm.text:<30} {steps}{', '.join(arm.changes)}".rstrip("; "))
+        steps = f"{arm.cfg.max_steps:,} steps; " if arm.cfg.max_steps else "steps not timed yet; "
+        say(f"{arm.text:<30} {steps * bool(cfg.equal_seconds)}{', '.join(arm.changes)}".rstrip("; "))
     todo = [r.name for r in runs if not r.row]
     say(f"arms x seeds = {len(arms)} x {cfg.seeds} = {len(runs)} runs, {len(runs) - len(todo)} already done; "
         f"{cfg.jobs} at a time, output in {folder}")
