@@ -1,7 +1,7 @@
 # Question: how low can the validation loss get in ten minutes on two CPU cores?
-# Changed: of record 2, embedding and head have tables of their own, with rates that suit them; beta2 is larger,
-# the decay twice as long. The run takes ten minutes on any machine. RESULTS.md has every record, and what was
-# rejected.
+# Changed: of record 2, embedding and head have tables of their own, with rates that suit them; beta2 is
+# larger, the decay twice as long. The run takes ten minutes on any machine. RESULTS.md has every record, and
+# what was rejected.
 #   python prepare_data.py shakespeare --tokenizer=bpe:8192 --name=shakespeare_bpe8192
 #   python train.py config/speedrun.py                               # or, for less time:  --train_minutes=2
 #   python train.py config/speedrun.py --train_minutes=0 --max_steps=600     # the same steps on every machine
