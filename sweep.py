@@ -17,7 +17,8 @@ the same seed, all arms see the same data in the same order, so differences are 
 --setting="OPTION=VALUE ..." all arms run once more under these options, against the base under them.
 
 --equal_seconds gives each arm as many steps as take that long: steps are timed before, alone and in turns,
-and their times kept in steps.json, so that every later command has the same arms. A verdict (better, worse,
+and their times kept in steps.json, so that every later command has the same arms. Arms that change only
+learning rates and the like share one time. A verdict (better, worse,
 undecided) needs runs of 1,000 steps or more: short runs rank arms otherwise than long ones (--verdict_steps).
 
 Ctrl-C and SIGTERM make the running runs save and stop (kill -9 leaves them running). The same command
@@ -61,6 +62,9 @@ from tqdm import tqdm
 # Config
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+SAME_COST = ("data", "train_tokens", "lr", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "schedule",
+             "warmup_steps", "min_lr_ratio", "decay_fraction", "weight_decay", "beta1", "beta2",
+             "muon_momentum", "muon_warmup_steps")  # whatever their values, a step takes as long
 OF_THE_SWEEP = ("name", "out_dir", "seed", "overwrite", "dry_run", "max_minutes")  # no arm may set these
 
 
@@ -221,14 +225,28 @@ def fixed_options(cfg: RunConfig) -> dict:
     return {k: v for k, v in asdict(cfg).items() if k not in cfg.may_change()}
 
 
+def cost_options(cfg: RunConfig) -> dict:
+    """The options that decide how long a step takes; of the data, only the vocabulary does."""
+    options = fixed_options(cfg.resolved(data.read_meta(cfg.data)))
+    return {k: v for k, v in options.items() if k not in SAME_COST}
+
+
 def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
     """Give each arm as many steps as take cfg.equal_seconds: its step is timed alone, in a process of its
-    own, in three turns of all arms. steps.json keeps the times. A dry run times nothing."""
+    own, in three turns of all arms. Arms whose steps cost the same, such as those with other learning rates,
+    share one time, so that noise in timing gives none of them more steps. steps.json keeps the times. A dry
+    run times nothing."""
     path, known = os.path.join(folder, "steps.json"), {}
     if os.path.exists(path) and not cfg.overwrite:
         known = read_json(path)
-    keys = {a.name: f"{a.name} {digest(fixed_options(a.cfg))}" for a in arms}
-    todo = [] if cfg.dry_run else [a for a in arms if keys[a.name] not in known]
+    keys = {a.name: digest(cost_options(a.cfg)) for a in arms}
+    for a in arms:  # of a sweep from when each arm was timed
+        if (old := f"{a.name} {digest(fixed_options(a.cfg))}") in known:
+            keys[a.name] = old
+    first = {}
+    for a in arms:
+        first.setdefault(keys[a.name], a)
+    todo = [a for key, a in first.items() if key not in known and not cfg.dry_run]
     times = {a.name: [] for a in todo}
     bar = tqdm(total=3 * len(todo), unit="arm", desc="timing steps", disable=not sys.stderr.isatty())
     for turn in range(3):

@@ -327,12 +327,12 @@ def test_equal_seconds_give_steps_by_measured_times(corpus, tmp_path, monkeypatc
         def submit(self, work, cfg): return type("Future", (), {"result": lambda _: next(times)})()
 
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
-    cfg = SweepConfig(**options(corpus, tmp_path, arm=("d_ff=64",), seeds=1, equal_seconds=2.2,
+    cfg = SweepConfig(**options(corpus, tmp_path, arm=("d_ff=64", "beta1=0.8"), seeds=1, equal_seconds=2.2,
                                 train_minutes=1e-5))  # the config's own length gives way
     sweep.main(cfg)
     counts = {r["name"]: r["counts"]["steps"] for r in read_rows(str(tmp_path / "ledger.jsonl"))
               if r["script"] == "train"}
-    assert counts == {"tiny_base_s1": 20, "tiny_d_ff-64_s1": 10}
+    assert counts == {"tiny_base_s1": 20, "tiny_d_ff-64_s1": 10, "tiny_beta1-0.8_s1": 20}  # as dear as base
     no_more_runs(monkeypatch)  # nor times: the iterator is at its end
     assert "2.2 s alone" in (tmp_path / "tiny_sweep" / "table.md").read_text()
     sweep.main(cfg)
@@ -344,14 +344,25 @@ def test_equal_seconds_give_steps_by_measured_times(corpus, tmp_path, monkeypatc
         sweep.sweep_config("distill")(script="distill", equal_seconds=1.0)
 
 
+def test_steps_json_of_a_sweep_that_timed_each_arm_still_counts(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "seconds_per_step", None)
+    cfg = SweepConfig(**options(corpus, tmp_path, arm=("beta1=0.8",), seeds=1, equal_seconds=1.2))
+    arms = sweep.make_arms(cfg)[0]
+    keys = [f"{a.name} {sweep.digest(sweep.fixed_options(a.cfg))}" for a in arms]
+    old = dict(zip(keys, (0.1, 0.2), strict=True))
+    (tmp_path / "tiny_sweep").mkdir()
+    (tmp_path / "tiny_sweep" / "steps.json").write_text(json.dumps(old))
+    assert [a["steps"] for a in sweep.main(cfg)["result"]["arms"]] == [12, 6]
+
+
 def test_a_step_is_timed_in_a_process_of_its_own(corpus, tmp_path):
     cfg = SweepConfig(**options(corpus, tmp_path, seeds=1, equal_seconds=0.05))
     assert sweep.main(dataclasses.replace(cfg, dry_run=True))["runs"] == ["tiny_base_s1"]
     assert not list(tmp_path.iterdir())
     row = sweep.main(cfg)["result"]["arms"][0]
     seconds = json.loads((tmp_path / "tiny_sweep" / "steps.json").read_text())
-    (key, each), = seconds.items()
-    assert key.startswith("base ") and row["steps"] == max(1, round(0.05 / each))
+    each, = seconds.values()
+    assert row["steps"] == max(1, round(0.05 / each))
 
 
 def test_unequal_tokens_and_code_are_reported():
