@@ -74,29 +74,34 @@ class Needs:
         kept *= math.prod(unseen.values())
         layer = self.layer = kept / self.model.trunk.depth  # of a sequence
         self.fixed, self.per_sequence = fixed, kept + layer  # and one block's gradients
-        # each block's input, plus one block recomputed with its gradients and heap fragmentation; repeats of
-        # one run measured 1.15 to 1.36 GB (d 256, T 1,024; cause unknown), and this lies between
+        # each block's input, plus one block recomputed with its gradients and, on a CPU, heap fragmentation;
+        # repeats of one run measured 1.10 to 1.33 GB (d 256, T 1,024; cause unknown)
         if cfg.checkpoint_activations:
             self.fixed = 0
-            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 3.5 * layer
+            again = (6.5 if device.type == "cpu" else 3.5) * layer
+            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + again
         self.parameters = sum(p.numel() * 4 for p in self.model.parameters())
         self.gradients = sum(p.numel() * 4 for p in self.model.parameters() if p.requires_grad)
         self.states = self.gradients * states_of(cfg)
         self.head = self.model.head.weight.numel() * 4
         self.head_trains = self.model.head.weight.requires_grad
-        self.logits = length * cfg.vocab_size * (4 if dtype == "fp32" else 2)  # of a sequence
+        row = cfg.vocab_size * (4 if dtype == "fp32" else 2)
+        self.logits = length * row  # of a sequence
+        self.chunk = head_loss.CHUNK_BYTES  # of logits at once
+        if device.type == "cpu":
+            self.chunk = min(self.chunk, head_loss.CHUNK_ROWS * row)
         self.beside = []  # models read beside the one that is trained
         self.base, self.slack = 0.0, 1.0
         if device.type == "cpu":  # the whole process; measured: libraries, heap fragmentation
-            self.base, self.slack = distributed.resident_memory() * 1e9 + 6e7, 1.08
+            self.base, self.slack = distributed.resident_memory() * 1e9 + 6e7, 1.12
 
     def peak(self, sequences: int, world: int) -> float:
         """With accumulation, tbptt or several processes, gradients already exist during a forward pass."""
         gradients_stay = world > 1 or sequences * world < self.cfg.batch_size or self.cfg.tbptt
-        loss = min(sequences * self.logits, head_loss.CHUNK_BYTES) + (1 + self.head_trains) * self.head
+        loss = min(sequences * self.logits, self.chunk) + (1 + self.head_trains) * self.head
         forward = self.fixed + sequences * self.per_sequence + loss + bool(gradients_stay) * self.gradients
-        # gradients, and the two summed for a tied embedding
-        backward = self.gradients + self.head_trains * 2 * self.head
+        # gradients, and a tied embedding's own, which is then added to the head's
+        backward = self.gradients + self.head_trains * self.head
         beside = sum(r.weights + sequences * r.per_sequence for r in self.beside)
         return self.base + self.slack * (self.parameters + self.states + beside + max(forward, backward))
 

@@ -14,6 +14,7 @@ from common.layers import not_compiled
 import torch
 
 CHUNK_BYTES = 2**27  # of logits: large enough to hide the cost of accumulating the (V, C) gradient
+CHUNK_ROWS = 2**10  # on a CPU, where more rows are no faster
 GRADIENT_ROWS = 2**13  # of the (V, C) gradient, added at a time
 SLICE_ELEMENTS = 2**21  # per softmax on a CPU: 8 MB of float32, which stay in its cache
 
@@ -72,14 +73,19 @@ class ChunkedLoss(torch.autograd.Function):
         losses = torch.empty(N, *columns, device=x.device)  # what stays is allocated before what does not
         dx = torch.empty_like(x) if grad else None
         learns = grad and any(ctx.needs_input_grad[2:4])  # not so under LoRA
-        dw = torch.zeros(V, C + (bias is not None), device=x.device) if learns else None  # in float32
+        dw = torch.zeros(V, C, device=x.device) if learns else None  # in float32, as is db
+        db = None if dw is None or bias is None else torch.zeros(V, device=x.device)
         with torch.autocast(kind, enabled=False):
-            w, inputs = weight.detach().to(dtype), x.detach().to(dtype)
-            if bias is not None:  # as an extra input of 1: faster than adding it to the logits
-                w = torch.cat((w, bias.detach().to(dtype)[:, None]), dim=1)  # (V, C + 1)
+            inputs = x.detach().to(dtype)
+            if bias is None:
+                w = weight.detach().to(dtype)
+            else:  # the bias as an extra input of 1: faster than adding it to the logits
+                w = weight.new_empty(V, C + 1, dtype=dtype)
+                w[:, :C], w[:, C] = weight.detach(), bias.detach()
                 inputs = torch.cat((inputs, inputs.new_ones(N, 1)), dim=1)  # (N, C + 1)
             others = [Head(dtype, *other) for other in others]
-            chunks = max(1, -(-N * V * w.itemsize * (1 + len(others)) // CHUNK_BYTES))
+            chunks = max(1, -(-N * V * w.itemsize * (1 + len(others)) // CHUNK_BYTES),
+                         -(-N // CHUNK_ROWS) if kind == "cpu" else 1)
             R = max(1, -(-N // chunks))
             step = max(1, SLICE_ELEMENTS // V) if kind == "cpu" else R
             buffers = [w.new_empty(R, V) for _ in range(1 + len(others))]
@@ -99,15 +105,18 @@ class ChunkedLoss(torch.autograd.Function):
                 if learns:
                     # a mean within the chunk: a sum over many rows may exceed fp16's 65,504
                     scaled = (rows * (factor / R)).to(dtype)  # (R, C or C + 1)
-                    if dtype == dw.dtype:
+                    if dtype == dw.dtype and bias is None:
                         dw.addmm_(logits.t(), scaled, alpha=R)
-                    else:
-                        for first in range(0, V, GRADIENT_ROWS):  # all at once would take another (V, C)
-                            some = slice(first, first + GRADIENT_ROWS)
-                            dw[some].add_(logits[:, some].t() @ scaled, alpha=R)
+                        continue
+                    for first in range(0, V, GRADIENT_ROWS):  # all at once would take another (V, C)
+                        some = slice(first, first + GRADIENT_ROWS)
+                        part = logits[:, some].t() @ scaled  # (GRADIENT_ROWS, C or C + 1)
+                        dw[some].add_(part[:, :C], alpha=R)
+                        if bias is not None:
+                            db[some].add_(part[:, C], alpha=R)
             total = row_weights @ losses  # () or (1 + logged,)
         if grad:
-            ctx.gradients = dx, dw  # not saved tensors: theirs would be a second reference to dw
+            ctx.gradients = dx, dw, db  # not saved tensors: theirs would be a second reference to dw
             ctx.weight, ctx.bias = weight.dtype, None if bias is None else bias.dtype
         return total
 
@@ -116,14 +125,13 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx, scale):
         if ctx.gradients is None:
             raise RuntimeError("this loss's gradients were used up by its first backward; compute it again")
-        (dx, dw), ctx.gradients = ctx.gradients, None
-        scale, nothing = scale.flatten()[0], (None,) * 5
-        if dw is None:
-            return None, dx * scale, None, None, *nothing
-        dw.mul_(scale)
-        if ctx.bias is None:
-            return None, dx * scale, dw.to(ctx.weight), None, *nothing
-        return None, dx * scale, dw[:, :-1].to(ctx.weight), dw[:, -1].to(ctx.bias), *nothing
+        (dx, dw, db), ctx.gradients = ctx.gradients, None
+        scale = scale.flatten()[0]
+        if dw is not None:  # contiguous: a tied embedding's gradient is added in place
+            dw = dw.mul_(scale).to(ctx.weight)
+        if db is not None:
+            db = db.mul_(scale).to(ctx.bias)
+        return None, dx.mul_(scale), dw, db, *(None,) * 5
 
 
 class Head:

@@ -6,6 +6,7 @@ from tests.test_model import tiny, tokens
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 def many_chunks_and_slices(monkeypatch):
     """Of a few rows each, so that every test crosses their borders."""
     monkeypatch.setattr(head_loss, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 11)
+    monkeypatch.setattr(head_loss, "GRADIENT_ROWS", 70)
     monkeypatch.setattr(head_loss, "SLICE_ELEMENTS", 300)
 
 
@@ -193,6 +196,17 @@ def test_logits_of_the_batch_are_never_held():
     with Made() as made:
         run(cross_entropy, *data)
     assert max(made.sizes) == (C + 1) * V < N * V / 40
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tied_embedding_adds_its_gradient_to_the_heads(bias):
+    """In place, not into a third (V, C)."""
+    model = tiny(head_bias=bias)
+    loss, _ = model(tokens(), tokens(seed=2))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
+        loss.backward()
+    sums = [e.name for e in seen.events() if e.input_shapes[:2] == [[*model.head.weight.shape]] * 2]
+    assert sums == ["aten::add_"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
