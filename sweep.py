@@ -64,7 +64,7 @@ from tqdm import tqdm
 HERE = os.path.dirname(os.path.abspath(__file__))
 SAME_COST = ("data", "train_tokens", "lr", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "schedule",
              "warmup_steps", "min_lr_ratio", "decay_fraction", "weight_decay", "beta1", "beta2",
-             "muon_momentum", "muon_warmup_steps")  # whatever their values, a step takes as long
+             "muon_momentum", "muon_warmup_steps", "zero_init")  # whatever their values, a step takes as long
 OF_THE_SWEEP = ("name", "out_dir", "seed", "overwrite", "dry_run", "max_minutes")  # no arm may set these
 
 

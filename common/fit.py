@@ -74,12 +74,11 @@ class Needs:
         kept *= math.prod(unseen.values())
         layer = self.layer = kept / self.model.trunk.depth  # of a sequence
         self.fixed, self.per_sequence = fixed, kept + layer  # and one block's gradients
-        # each block's input, plus one block recomputed with its gradients and, on a CPU, heap fragmentation;
-        # repeats of one run measured 1.10 to 1.33 GB (d 256, T 1,024; cause unknown)
+        # each block's input, plus one block recomputed with its gradients; on a CPU also what the heap loses
+        # in between (repeats of one run with d 256, T 1,024 measured 1.10 to 1.33 GB)
         if cfg.checkpoint_activations:
-            self.fixed = 0
-            again = (6.5 if device.type == "cpu" else 3.5) * layer
-            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + again
+            self.fixed = 1.2e8 if device.type == "cpu" else 0.0
+            self.per_sequence = cfg.n_layers * cfg.max_seq_len * cfg.d_model * 4 + 3.5 * layer
         self.parameters = sum(p.numel() * 4 for p in self.model.parameters())
         self.gradients = sum(p.numel() * 4 for p in self.model.parameters() if p.requires_grad)
         self.states = self.gradients * states_of(cfg)
