@@ -227,7 +227,8 @@ def fixed_options(cfg: RunConfig) -> dict:
 
 def cost_options(cfg: RunConfig) -> dict:
     """The options that decide how long a step takes; of the data, only the vocabulary does."""
-    options = fixed_options(cfg.resolved(data.read_meta(cfg.data)))
+    ready = os.path.exists(os.path.join(cfg.data, "meta.json"))  # a dry run does without
+    options = fixed_options(cfg.resolved(data.read_meta(cfg.data) if ready else None))
     return {k: v for k, v in options.items() if k not in SAME_COST}
 
 

@@ -2,8 +2,7 @@
 #   python prepare_data.py shakespeare --tokenizer=bpe:8192 --name=shakespeare_bpe8192
 #   python prepare_data.py gutenberg --tokenizer=bpe:8192 --max_tokens=20e6
 #   python sweep.py config/recipe.py --dry_run                 # 192 runs of eight minutes: 13 hours
-#   python sweep.py config/recipe.py --train_tokens=300000 --setting="data=data/gutenberg train_tokens=0" \
-#       --equal_seconds=75 --verdict_steps=300                 # the part in RESULTS.md: 90 minutes
+# RESULTS.md has the command and the table of a part of it, runs of 75 seconds.
 # Base: config/speedrun.py. Each arm takes one part away or tries one more. Shakespeare is read several times,
 # the other text once; twice the width is the second size. Results in out/recipe_sweep/table.md.
 from config.speedrun import *

@@ -250,7 +250,7 @@ def test_needed_context_and_crossings_by_hand():
 # The whole
 
 
-@pytest.mark.parametrize("experiment", ["handover", "incontext"])
+@pytest.mark.parametrize("experiment", ["handover", pytest.param("incontext", marks=pytest.mark.slow)])
 def test_a_run_that_lost_parts_resumes_to_the_same_summary(place, experiment, monkeypatch):
     cfg = replace(place.cfg, experiment=experiment, name=experiment)
     row, folder = main(cfg), Path(place.cfg.out_dir, experiment)

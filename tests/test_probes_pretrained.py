@@ -42,6 +42,7 @@ def place(tmp_path_factory):
     return {"data": str(root / "data" / "topics"), "out_dir": str(root / "out"), "base": base}
 
 
+@pytest.mark.slow
 def test_an_imported_model_is_probed_by_full_training_lora_and_rows(place, monkeypatch):
     arms = ("lora_rank=4 lr=1e-2", "method=rows lr=1e-2")
     cfg = ProbeConfig(**SMALL | place, arm=arms, lr=1e-2, name="probed")

@@ -327,12 +327,12 @@ def test_equal_seconds_give_steps_by_measured_times(corpus, tmp_path, monkeypatc
         def submit(self, work, cfg): return type("Future", (), {"result": lambda _: next(times)})()
 
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
-    cfg = SweepConfig(**options(corpus, tmp_path, arm=("d_ff=64", "beta1=0.8"), seeds=1, equal_seconds=2.2,
+    cfg = SweepConfig(**options(corpus, tmp_path, arm=("d_ff=64",), seeds=1, equal_seconds=2.2,
                                 train_minutes=1e-5))  # the config's own length gives way
     sweep.main(cfg)
     counts = {r["name"]: r["counts"]["steps"] for r in read_rows(str(tmp_path / "ledger.jsonl"))
               if r["script"] == "train"}
-    assert counts == {"tiny_base_s1": 20, "tiny_d_ff-64_s1": 10, "tiny_beta1-0.8_s1": 20}  # as dear as base
+    assert counts == {"tiny_base_s1": 20, "tiny_d_ff-64_s1": 10}
     no_more_runs(monkeypatch)  # nor times: the iterator is at its end
     assert "2.2 s alone" in (tmp_path / "tiny_sweep" / "table.md").read_text()
     sweep.main(cfg)
@@ -344,15 +344,20 @@ def test_equal_seconds_give_steps_by_measured_times(corpus, tmp_path, monkeypatc
         sweep.sweep_config("distill")(script="distill", equal_seconds=1.0)
 
 
-def test_steps_json_of_a_sweep_that_timed_each_arm_still_counts(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "seconds_per_step", None)
-    cfg = SweepConfig(**options(corpus, tmp_path, arm=("beta1=0.8",), seeds=1, equal_seconds=1.2))
+def test_arms_whose_steps_cost_the_same_share_one_time(corpus, tmp_path):
+    """And the steps.json of a sweep that timed each arm still counts."""
+    cfg = SweepConfig(**options(corpus, tmp_path, arm=("beta1=0.8 zero_init=true", "d_ff=64"),
+                                equal_seconds=1.2))
     arms = sweep.make_arms(cfg)[0]
-    keys = [f"{a.name} {sweep.digest(sweep.fixed_options(a.cfg))}" for a in arms]
-    old = dict(zip(keys, (0.1, 0.2), strict=True))
-    (tmp_path / "tiny_sweep").mkdir()
-    (tmp_path / "tiny_sweep" / "steps.json").write_text(json.dumps(old))
-    assert [a["steps"] for a in sweep.main(cfg)["result"]["arms"]] == [12, 6]
+    costs = [sweep.digest(sweep.cost_options(a.cfg)) for a in arms]
+    assert costs[0] == costs[1] != costs[2]
+    own = [f"{a.name} {sweep.digest(sweep.fixed_options(a.cfg))}" for a in arms]
+    for known, steps in (({costs[0]: 0.1, costs[2]: 0.3}, [12, 12, 4]),
+                         (dict(zip(own, (0.1, 0.2, 0.3), strict=True)), [12, 6, 4])):
+        (tmp_path / "steps.json").write_text(json.dumps(known))
+        again = sweep.make_arms(cfg)[0]
+        sweep.fit_to_time(cfg, again, str(tmp_path))
+        assert [a.cfg.max_steps for a in again] == steps
 
 
 def test_a_step_is_timed_in_a_process_of_its_own(corpus, tmp_path):

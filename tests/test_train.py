@@ -172,11 +172,11 @@ print("killed", sum(c == -9 for c in codes), "last", codes[-1])
 """
 
 
-@pytest.mark.parametrize("minutes", [  # between saves; with 5 an evaluation makes the first one
-    5.0, pytest.param(0.0, marks=pytest.mark.slow)])
-def test_kill_9_while_files_are_written_loses_nothing(small, minutes):
+@pytest.mark.parametrize("minutes, steps", [  # between saves; with 5 an evaluation makes the first one
+    (5.0, 20), pytest.param(5.0, 40, marks=pytest.mark.slow), pytest.param(0.0, 40, marks=pytest.mark.slow)])
+def test_kill_9_while_files_are_written_loses_nothing(small, minutes, steps):
     """Kills at random moments are in tests/kills.py."""
-    options = {"save_minutes": minutes, "max_steps": 40, "dropout": 0.1}
+    options = {"save_minutes": minutes, "max_steps": steps, "dropout": 0.1}
     whole, parts = small(name="whole", **options), small(name="parts", **options)
     os.makedirs(parts.out_dir)
     train.main(whole)
