@@ -18,8 +18,8 @@ the same seed, all arms see the same data in the same order, so differences are 
 
 --equal_seconds gives each arm as many steps as take that long: steps are timed before, alone and in turns,
 and their times kept in steps.json, so that every later command has the same arms. Arms that change only
-learning rates and the like share one time. A verdict (better, worse,
-undecided) needs runs of 1,000 steps or more: short runs rank arms otherwise than long ones (--verdict_steps).
+learning rates and the like share one time. A verdict (better, worse, undecided) needs runs of 1,000 steps or
+more: short runs rank arms otherwise than long ones (--verdict_steps).
 
 Ctrl-C and SIGTERM make the running runs save and stop (kill -9 leaves them running). The same command
 continues: it reads finished runs, continues unfinished ones and refuses runs with other settings. Arms and
@@ -240,13 +240,12 @@ def fit_to_time(cfg: SweepConfig, arms: list[Arm], folder: str) -> None:
     path, known = os.path.join(folder, "steps.json"), {}
     if os.path.exists(path) and not cfg.overwrite:
         known = read_json(path)
-    keys = {a.name: digest(cost_options(a.cfg)) for a in arms}
-    for a in arms:  # of a sweep from when each arm was timed
-        if (old := f"{a.name} {digest(fixed_options(a.cfg))}") in known:
-            keys[a.name] = old
-    first = {}
+    keys, shared, first = {}, {}, {}  # keys of steps.json: by arm, by cost; and the first arm with each
     for a in arms:
-        first.setdefault(keys[a.name], a)
+        cost, own = digest(cost_options(a.cfg)), f"{a.name} {digest(fixed_options(a.cfg))}"
+        key = keys[a.name] = own if own in known else shared.get(cost, cost)  # `own`: when each arm was timed
+        shared.setdefault(cost, key)
+        first.setdefault(key, a)
     todo = [a for key, a in first.items() if key not in known and not cfg.dry_run]
     times = {a.name: [] for a in todo}
     bar = tqdm(total=3 * len(todo), unit="arm", desc="timing steps", disable=not sys.stderr.isatty())

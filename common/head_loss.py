@@ -105,14 +105,16 @@ class ChunkedLoss(torch.autograd.Function):
                 if learns:
                     # a mean within the chunk: a sum over many rows may exceed fp16's 65,504
                     scaled = (rows * (factor / R)).to(dtype)  # (R, C or C + 1)
-                    if dtype == dw.dtype and bias is None:
-                        dw.addmm_(logits.t(), scaled, alpha=R)
+                    if dtype == dw.dtype:
+                        dw.addmm_(logits.t(), scaled[:, :C], alpha=R)
+                        if db is not None:
+                            db.addmv_(logits.t(), scaled[:, C], alpha=R)
                         continue
                     for first in range(0, V, GRADIENT_ROWS):  # all at once would take another (V, C)
                         some = slice(first, first + GRADIENT_ROWS)
                         part = logits[:, some].t() @ scaled  # (GRADIENT_ROWS, C or C + 1)
                         dw[some].add_(part[:, :C], alpha=R)
-                        if bias is not None:
+                        if db is not None:
                             db[some].add_(part[:, C], alpha=R)
             total = row_weights @ losses  # () or (1 + logged,)
         if grad:

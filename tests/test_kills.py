@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(1000, marks=pytest.mark.slow)])
 def test_killed_runs_resume_exactly(corpus, tmp_path, kills):
     done = subprocess.run([sys.executable, "tests/kills.py", str(tmp_path / "runs"), corpus, str(kills)],
                           env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
